@@ -1,0 +1,1 @@
+"""The sparse delta: its data type, its arithmetic and its file."""

@@ -1,0 +1,102 @@
+"""Slow and obvious float64 computations that the package is tested against."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOL = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+}
+
+
+def dense(indices: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Write the values into a zero tensor, one by one."""
+    delta = torch.zeros(shape, dtype=values.dtype)
+    flat = delta.view(-1)
+    for index, value in zip(indices.tolist(), values, strict=True):
+        flat[index] += value.detach()
+    return delta
+
+
+def with_dense_deltas(module: nn.Module, deltas: dict[str, Tensor]) -> nn.Module:
+    """Copy a module and add dense deltas to its parameters, which require grad."""
+    module = copy.deepcopy(module)
+    for name, delta in deltas.items():
+        parameter = module.get_parameter(name)
+        parameter.data += delta.to(parameter.dtype)
+        parameter.requires_grad_(True)
+    return module
+
+
+def sample_gradients(
+    model: nn.Module,
+    batches: Sequence[Any],
+    names: Sequence[str],
+    loss: Callable[[nn.Module, Any], Tensor] = lambda m, b: m(**b).loss,
+) -> Tensor:
+    """Return one flat gradient per batch of one sample. Shape [samples, entries]."""
+    model = copy.deepcopy(model).double().eval()
+    rows = []
+    for batch in batches:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        loss(model, batch).backward()
+        parameters = dict(model.named_parameters())
+        rows.append(
+            torch.cat(
+                [
+                    torch.zeros(parameters[name].numel(), dtype=torch.float64)
+                    if parameters[name].grad is None
+                    else parameters[name].grad.flatten()
+                    for name in names
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
+def best(scores: Sequence[float], k: int, largest: bool = True) -> list[int]:
+    """Sort everything; the lower position wins a tie."""
+    sign = -1 if largest else 1
+    order = sorted(range(len(scores)), key=lambda i: (sign * scores[i], i))
+    return sorted(order[:k])
+
+
+def range_decreasing(
+    gradients: Tensor,
+    samples: list[int],
+    cells: Sequence[tuple[int, int]],
+    *,
+    reverse: bool = False,
+    nested: bool = False,
+    over_all: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Walk (samples, entries) cells as the paper's Algorithm 1 and Eqs. 5 and 6 say."""
+    squares = gradients.square()
+    everything = list(range(squares.shape[1]))
+
+    def fisher(of_samples: list[int]) -> list[float]:
+        return squares[of_samples].mean(0).tolist()
+
+    entries = best(fisher(samples), cells[0][1])
+    for wanted_samples, wanted_entries in cells[1:]:
+        if wanted_samples < len(samples):
+            over = everything if over_all else entries
+            scores = squares[samples][:, over].sum(1).tolist()
+            kept = best(scores, wanted_samples, largest=not reverse)
+            samples = [samples[i] for i in kept]
+        information = fisher(samples)
+        if nested or reverse:
+            inside = [information[j] for j in entries]
+            kept = best(inside, wanted_entries, largest=not reverse)
+            entries = [entries[i] for i in kept]
+        else:
+            entries = best(information, wanted_entries)
+    return samples, entries
