@@ -1,0 +1,1 @@
+"""Which entries are trained: torch only, no peft."""

@@ -1,0 +1,160 @@
+"""The calibration data: single samples of whatever the user trains on."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader, default_collate
+
+__all__ = ["Calibration"]
+
+Loss = Callable[[nn.Module, Any], Tensor]
+_LABELS = ("labels", "label", "label_ids")
+
+
+class Calibration:
+    """The examples that the Fisher information is estimated on, one at a time.
+
+    Args:
+        data: A ``datasets.Dataset``, a torch dataset or list of samples; a dictionary
+            of arrays with one row per sample; or ready batches, in a ``DataLoader`` or
+            as a list of tokenizer outputs, which are read once and cut into samples.
+        collate_fn: Makes a batch of a list of samples, as for a ``DataLoader``. By
+            default fields are turned into tensors with a leading dimension of one, and
+            ``label`` becomes ``labels``.
+        loss: ``loss(model, batch)`` returns the scalar loss of a batch of one sample.
+            Default: the ``loss`` of the model's own output.
+
+    With the default loss, fields that the model's forward does not take are dropped
+    before ``collate_fn`` sees them, as the Hugging Face Trainer does.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        loss: Loss | None = None,
+    ) -> None:
+        self.data = data
+        self.collate_fn = collate_fn
+        self.loss = loss
+        self._samples: Sequence[Any] | None = None
+        self._is_batched = False
+
+    @classmethod
+    def of(cls, data: Any) -> "Calibration":
+        """Return ``data`` itself if it is a calibration set already, else one of it."""
+        return data if isinstance(data, cls) else cls(data)
+
+    def __len__(self) -> int:
+        return len(self._rows())
+
+    def batch(self, position: int, model: nn.Module) -> Any:
+        """Return sample ``position`` as a batch of one, on the model's device.
+
+        Args:
+            position: Position in the data, from 0.
+            model: The model that it is for.
+        """
+        batch = sample = self._rows()[position]
+        if not self._is_batched:
+            if self.loss is None and isinstance(sample, Mapping):
+                sample = _only_accepted(sample, model)
+            batch = (self.collate_fn or _collate)([sample])
+        device = next(model.parameters()).device
+        return tree_map_only(Tensor, lambda t: t.to(device), _plain(batch))
+
+    def sample_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a batch of one sample, as a scalar.
+
+        Raises:
+            ValueError: If the model gives no loss, as without labels.
+        """
+        if self.loss is not None:
+            return self.loss(model, batch)
+        loss = getattr(run(model, batch), "loss", None)
+        if loss is None:
+            fields = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                "The model returned no loss for a calibration sample. Give the samples "
+                f"labels, or pass Calibration(..., loss=...); got {fields}."
+            )
+        return loss  # type: ignore[no-any-return]
+
+    def _rows(self) -> Sequence[Any]:
+        if self._samples is None:
+            self._samples = self._read()
+        return self._samples
+
+    def _read(self) -> Sequence[Any]:
+        data = self.data
+        if isinstance(data, Mapping):
+            self._is_batched = True
+            return _unbatch(data)
+        if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
+            data = list(data)
+        self._is_batched = isinstance(self.data, DataLoader) or (
+            len(data) > 0 and _has_batch_dimension(data[0])
+        )
+        if self._is_batched:
+            return [row for batch in data for row in _unbatch(batch)]
+        return data  # type: ignore[no-any-return]
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a batch: a dictionary, a tuple or one tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _plain(batch: Any) -> Any:
+    """Return a tokenizer's or collator's mapping as a dictionary of tensors."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _only_accepted(sample: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    accepted = set(inspect.signature(model.forward).parameters) | set(_LABELS)
+    return {name: value for name, value in sample.items() if name in accepted}
+
+
+def _collate(samples: list[Any]) -> Any:
+    (sample,) = samples
+    if not isinstance(sample, Mapping):
+        return default_collate(samples)
+    batch = {
+        name: torch.as_tensor(value)[None]
+        for name, value in sample.items()
+        if value is not None and not isinstance(value, str)
+    }
+    for name in ("label", "label_ids"):
+        if name in batch:
+            batch["labels"] = batch.pop(name)
+    return batch
+
+
+def _has_batch_dimension(row: Any) -> bool:
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    return isinstance(ids, Tensor) and ids.ndim > 1
+
+
+def _unbatch(batch: Any) -> list[Any]:
+    """Cut a batch into batches of one; what has no row per sample stays whole."""
+    if isinstance(batch, Mapping):
+        batch = {k: torch.as_tensor(v) for k, v in batch.items() if v is not None}
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    leading = (
+        batch.get("input_ids", leaves[0]) if isinstance(batch, dict) else leaves[0]
+    )
+    size = leading.shape[0]
+
+    def pick(i: int) -> Any:
+        def row(t: Tensor) -> Tensor:
+            return t[i : i + 1] if t.ndim and t.shape[0] == size else t
+
+        return tree_map_only(Tensor, row, batch)
+
+    return [pick(i) for i in range(size)]
