@@ -1,3 +1,17 @@
-"""Selective fine-tuning for PEFT: train the weights that the data chooses."""
+"""Selective fine-tuning for PEFT: train the weights that the data chooses.
+
+Importing the package registers the tuner with PEFT.
+"""
+
+from peft_ird._registration import register
+from peft_ird.config import IRDConfig
+from peft_ird.layer import IRDLayer
+from peft_ird.model import IRDModel
+from peft_ird.selection.calibration import Calibration
+from peft_ird.selection.selection import Selection
+from peft_ird.targets import select_parameters
 
 __version__ = "0.1.0"
+__all__ = ["Calibration", "IRDConfig", "IRDModel", "Selection", "select_parameters"]
+
+register(IRDConfig, IRDModel, IRDLayer)

@@ -1,0 +1,98 @@
+"""Tell PEFT about the tuner: the only file that touches its registries and privates."""
+
+from typing import Any, Union
+
+import peft.mixed_model
+import peft.tuners.mixed
+import peft.tuners.mixed.model
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import (
+    _maybe_include_all_linear_layers as include_all_linear_layers,
+)
+from peft.utils import PeftType
+
+__all__ = ["IRD", "PREFIX", "BufferDict", "include_all_linear_layers", "register"]
+
+PREFIX = "irdelta_"  # "ird_" would be found inside "third_" and "bird_"
+
+
+def _add_peft_type(name: str) -> PeftType:
+    """Add a real member to the enum; transformers compares and looks up members."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    # The enum's own __setattr__ refuses members; lookup by attribute needs the name.
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13
+        PeftType._hashable_values_.append(name)
+    return member
+
+
+IRD = _add_peft_type("IRD")
+
+
+class _MixedModel(MixedModel):  # type: ignore[misc]
+    """PEFT's mixed model, handing IRD adapters to the IRD tuner."""
+
+    def _tuner(self, config: Any) -> Any:
+        return PEFT_TYPE_TO_MIXED_MODEL_MAPPING[config.peft_type]
+
+    def inject_adapter(
+        self, model: Any, adapter_name: str, *args: Any, **kw: Any
+    ) -> Any:
+        config = self.peft_config[adapter_name]
+        if config.peft_type != IRD:
+            return super().inject_adapter(model, adapter_name, *args, **kw)
+        inject = self._tuner(config).inject_adapter
+        return inject(self, model, adapter_name, *args, **kw)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if peft_config.peft_type == IRD:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config.peft_type != IRD:
+            super()._create_and_replace(config, *args, **kwargs)
+        else:
+            self._tuner(config)._create_and_replace(self, config, *args, **kwargs)
+
+    def _check_target_module_exists(self, config: Any, key: str) -> Any:
+        if config.peft_type != IRD:
+            return super()._check_target_module_exists(config, key)
+        return self._tuner(config)._check_target_module_exists(config, key)
+
+
+def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
+    """Register the tuner; calling it again replaces the classes and nothing else.
+
+    Args:
+        config_cls: The config class, ``IRDConfig``.
+        model_cls: The tuner class, ``IRDModel``.
+        layer_cls: The base class of the tuner's layers, ``IRDLayer``.
+    """
+    first = IRD not in PEFT_TYPE_TO_CONFIG_MAPPING
+    PEFT_TYPE_TO_CONFIG_MAPPING[IRD] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[IRD] = model_cls
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[IRD] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[IRD] = PREFIX
+    mixed = peft.tuners.mixed.model
+    mixed.Configs = Union[mixed.Configs, config_cls]  # noqa: UP007 (built at run time)
+    mixed.Layers = (*mixed.Layers, layer_cls)
+    if first:
+        mixed.PREFIXES.append(PREFIX)
+        mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, IRD)
+        peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
+        peft.mixed_model.MixedModel = _MixedModel

@@ -1,0 +1,290 @@
+"""The configuration of the tuner."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+
+from peft_ird._registration import IRD
+from peft_ird.selection.calibration import Calibration
+from peft_ird.selection.criteria import METHODS, NEEDS_DATA
+from peft_ird.selection.schedule import check_schedule
+from peft_ird.selection.selection import Selection
+from peft_ird.sparse.storage import check_adapter_file
+
+__all__ = ["IRDConfig"]
+
+_RUNTIME_ONLY = ("calibration", "selection")
+_CHOICES = {
+    "method": METHODS,
+    "sample_score": ("selected", "all"),
+    "fisher": ("empirical", "sampled"),
+    "scope": ("global", "per_module"),
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field with a help text."""
+    return field(default=default, metadata={"help": text})
+
+
+_CARD = """
+## Loading
+
+The adapter is of the type IRD, which PEFT knows once `peft_ird` is imported:
+
+```python
+import peft_ird
+```
+"""
+
+
+@dataclass
+class IRDConfig(PeftConfig):  # type: ignore[misc]
+    """Configuration of an [`IRDModel`]: which entries are trained, and how many.
+
+    The text of each field is in its ``metadata["help"]``.
+
+    Raises:
+        ValueError: If an option is unknown or out of range, or if not exactly one of
+            ``density`` and ``budget`` says how much to train.
+    """
+
+    density: float | None = option(
+        None,
+        "Share of the candidate entries to train, in (0, 1]. Or pass `budget`.",
+    )
+    budget: int | None = option(
+        None,
+        "Exact number of entries to train, e.g. that of a LoRA. Or pass `density`.",
+    )
+    method: str = option(
+        "ird",
+        "How entries are chosen: 'ird', 'reverse_ird', 'fish' and 'gradient' rank "
+        "them on calibration data; 'magnitude', 'random' and 'bias' (BitFit; "
+        "without `density` or `budget` every bias) need none.",
+    )
+    num_samples: int | None = option(
+        None,
+        "Calibration samples to start from, drawn by `seed`. Default: 128, or all "
+        "where there are fewer.",
+    )
+    initial_density: float | None = option(
+        None,
+        "Density that range decreasing starts from. Default: 0.025, or four times "
+        "`density` (at most 1) from there on.",
+    )
+    schedule: str | list[tuple[int, float]] = option(
+        "halving",
+        "Cells to walk: 'halving', 'paper' (Table 3), or a list of (num_samples, "
+        "density) that ends at the density asked for.",
+    )
+    nested: bool = option(
+        False,
+        "Rank inside the current entries only. Default: after the samples shrink, "
+        "rank all candidates anew.",
+    )
+    sample_score: str = option(
+        "selected",
+        "Entries that a sample's score sums over: 'selected' (the current ones) or "
+        "'all' candidates.",
+    )
+    fisher: str = option(
+        "empirical",
+        "Labels of the Fisher information: 'empirical' (the data's) or 'sampled' "
+        "(drawn from the model).",
+    )
+    scope: str = option(
+        "global",
+        "'global': one budget for all; 'per_module': each module gets its share by "
+        "size.",
+    )
+    seed: int = option(
+        0,
+        "Seed of every random choice of the selection.",
+    )
+    init_weights: bool = option(
+        True,
+        "Start from a zero delta. False draws random values, for tests only.",
+    )
+    target_modules: set[str] | list[str] | str | None = option(
+        None,
+        "Names or regular expression of the modules whose parameters are "
+        "candidates, or 'all-linear'. Default: every module outside "
+        "`modules_to_save`.",
+    )
+    exclude_modules: set[str] | list[str] | str | None = option(
+        None,
+        "Names or regular expression of modules to leave out.",
+    )
+    layers_to_transform: list[int] | int | None = option(
+        None,
+        "Indices of the layers to adapt, if `target_modules` is no expression.",
+    )
+    layers_pattern: list[str] | str | None = option(
+        None,
+        "Name of the layer list, if not a common one, for `layers_to_transform`.",
+    )
+    modules_to_save: list[str] | None = option(
+        None,
+        "Modules that are trained and saved whole, as the head of a classifier; "
+        "their parameters are no candidates.",
+    )
+    nnz_pattern: dict[str, dict[str, int]] | None = option(
+        None,
+        "Entries per module and parameter; written by the selection.",
+    )
+    shape_pattern: dict[str, dict[str, list[int]]] | None = option(
+        None,
+        "Shapes of these parameters; written by the selection.",
+    )
+    calibration: Any = option(
+        None,
+        "Data for the methods that need it. Kept at run time only.",
+    )
+    selection: Selection | None = option(
+        None,
+        "A finished selection to use instead of a new one. Kept at run time only.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = IRD
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if self.calibration is not None:
+            self.calibration = Calibration.of(self.calibration)
+        # A pattern that came with the arguments describes weights still to be loaded.
+        self._describes_file = self.nnz_pattern is not None
+        self._check_choices()
+        self._check_targets()
+        self._check_size()
+        self.schedule = check_schedule(self.schedule)
+
+    @property
+    def awaits_weights(self) -> bool:
+        """Whether entries come from a file to be loaded, not from a new selection."""
+        to_load = self._describes_file or self.inference_mode
+        return self.nnz_pattern is not None and self.selection is None and to_load
+
+    def _check_choices(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got "
+                    f"{getattr(self, name)!r}."
+                )
+
+    def _check_targets(self) -> None:
+        targets = self.target_modules
+        is_expression = isinstance(targets, str) and targets.lower() != "all-linear"
+        for name in ("layers_to_transform", "layers_pattern"):
+            if is_expression and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str; write "
+                    "the layers into the expression, or pass a list of names."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also "
+                "be specified."
+            )
+
+    def _check_size(self) -> None:
+        given = [self.density is not None, self.budget is not None]
+        sized_otherwise = (
+            self.selection is not None or self._describes_file or self.method == "bias"
+        )
+        if all(given) or not (any(given) or sized_otherwise):
+            raise ValueError(
+                "Pass either `density` (share of the candidates) or `budget` (number "
+                f"of entries), got density={self.density} and budget={self.budget}."
+            )
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"`density` must lie in (0, 1], got {self.density}.")
+        if self.initial_density is not None and not 0 < self.initial_density <= 1:
+            raise ValueError(
+                f"`initial_density` must lie in (0, 1], got {self.initial_density}."
+            )
+        for name in ("budget", "num_samples"):
+            number = getattr(self, name)
+            if number is None:
+                continue
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(
+                    f"`{name}` must be a whole number of at least 1, got {number!r}."
+                )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method ranks entries on calibration data."""
+        return self.method in NEEDS_DATA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a dictionary, without run-time objects."""
+        bare = copy.copy(self)
+        for name in _RUNTIME_ONLY:
+            setattr(bare, name, None)
+        everything: dict[str, Any] = PeftConfig.to_dict(bare)
+        return {k: v for k, v in everything.items() if k not in _RUNTIME_ONLY}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; a model card beside it says what to import.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: Passed on to PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file() and "import peft_ird" not in card.read_text("utf-8"):
+            with card.open("a", encoding="utf-8") as file:
+                file.write(_CARD)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> "IRDConfig":
+        """Load the configuration; a local weight file beside it is checked first.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub repository.
+            subfolder: Folder inside it.
+            **kwargs: Passed on to PEFT.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: If the weight file is damaged or disagrees with the
+                configuration; nothing has been changed by then.
+        """
+        config: IRDConfig = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        check_adapter_file(folder, config.nnz_pattern, config.shape_pattern)
+        return config
+
+    # Run-time objects are shared by copies, and left out of pickles.
+    def __copy__(self) -> "IRDConfig":
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IRDConfig":
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        for name, value in self.__dict__.items():
+            shared = name in _RUNTIME_ONLY
+            clone.__dict__[name] = value if shared else copy.deepcopy(value, memo)
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **dict.fromkeys(_RUNTIME_ONLY)}

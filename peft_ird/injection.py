@@ -1,0 +1,150 @@
+"""Entries of an adapter in a model: counted, put in, shared and made room for."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_ird.config import IRDConfig
+from peft_ird.kinds import wrap
+from peft_ird.layer import IRDLayer
+from peft_ird.sparse.storage import plain_name
+from peft_ird.targets import base_model, base_modules
+
+__all__ = [
+    "adapter_counts",
+    "install",
+    "install_nested",
+    "parameter_shapes",
+    "replace",
+    "resize",
+    "share_tied",
+]
+
+logger = logging.getLogger(__name__)
+
+Counts = dict[str, dict[str, int]]
+Shapes = dict[str, dict[str, list[int]]]
+
+
+def parameter_shapes(
+    model: nn.Module, counts: Mapping[str, Mapping[str, int]]
+) -> Shapes:
+    """Return the shapes of the parameters that are named; all must be there."""
+    modules = dict(base_modules(base_model(model)))
+    shapes: Shapes = {}
+    for module, names in counts.items():
+        for name in names:
+            parameter = getattr(modules.get(module), name, None)
+            if not isinstance(parameter, Tensor):
+                raise ValueError(
+                    f"The base model has no parameter '{module}.{name}', for which the "
+                    "adapter has entries. Load the base model that the adapter was "
+                    "made for."
+                )
+            shapes.setdefault(module, {})[name] = list(parameter.shape)
+    return shapes
+
+
+def adapter_counts(model: nn.Module, adapter_name: str) -> Counts:
+    """Return an adapter's entries per module and parameter, as they are in a model."""
+    found = {
+        plain_name(name): module.entry_counts(adapter_name)
+        for name, module in model.named_modules()
+        if isinstance(module, IRDLayer)
+    }
+    return {name: counts for name, counts in found.items() if counts}
+
+
+def install(
+    model: nn.Module,
+    config: IRDConfig,
+    adapter_name: str,
+    target: nn.Module,
+    name: str,
+) -> IRDLayer:
+    """Give the adapter its entries in one module, which is wrapped if need be."""
+    assert config.nnz_pattern is not None
+    layer = target
+    if not isinstance(layer, IRDLayer):
+        layer = wrap(target)
+        layer.set_adapter([adapter_name])
+        replace(model, target, layer)
+    layer.update_layer(
+        adapter_name,
+        None if config.selection is None else config.selection.indices[name],
+        config.nnz_pattern[name],
+        init_weights=config.init_weights,
+        inference_mode=config.inference_mode,
+    )
+    return layer
+
+
+def install_nested(
+    model: nn.Module, config: IRDConfig, adapter_name: str, active: list[str]
+) -> None:
+    """Reach modules inside wrapped modules, which PEFT skips for further adapters."""
+    missing = set(config.nnz_pattern or ()) - set(adapter_counts(model, adapter_name))
+    for name in sorted(missing):
+        target = model.get_submodule(name)
+        layer = install(model, config, adapter_name, target, name)
+        layer.set_adapter(active, config.inference_mode)
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module in another's place, under every parent that holds it."""
+    for holder in list(model.modules()):
+        for name, child in holder._modules.items():
+            if child is old and holder is not new:
+                holder._modules[name] = new
+
+
+def share_tied(model: nn.Module) -> None:
+    """Let each module that holds a selected parameter of another one use its delta."""
+    holders: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for name, module in base_modules(model):
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if name:
+                holders[id(parameter)].append((name, parameter_name))
+    for (owner_name, owned), *others in holders.values():
+        owner = model.get_submodule(owner_name) if others else None
+        if not isinstance(owner, IRDLayer) or not owner.has_entries(owned):
+            continue
+        for name, parameter_name in others:
+            layer = model.get_submodule(name)
+            if not isinstance(layer, IRDLayer):
+                layer = wrap(layer)
+                layer.set_adapter(owner.active_adapters)
+                replace(model, model.get_submodule(name), layer)
+            layer.share(parameter_name, owner, owned)
+
+
+def resize(
+    model: nn.Module, config: IRDConfig, adapter_name: str, counts: Counts
+) -> None:
+    """Make room for other entries than the adapter has; values are lost."""
+    logger.warning(
+        "Adapter '%s' has other entries in the file than in the model; it is resized. "
+        "Create the optimizer after this, its parameters are new ones.",
+        adapter_name,
+    )
+    base = base_model(model)
+    layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
+    active = layers[0].active_adapters if layers else [adapter_name]
+    trainable = any(
+        p.requires_grad
+        for layer in layers
+        if isinstance(layer, IRDLayer) and adapter_name in layer.irdelta_values
+        for p in layer.irdelta_values[adapter_name].parameters()
+    )
+    for layer in layers:
+        if isinstance(layer, IRDLayer):
+            layer.drop_entries(adapter_name)
+    config.nnz_pattern, config.shape_pattern = counts, parameter_shapes(base, counts)
+    for name in counts:
+        target = base.get_submodule(name)
+        layer = install(base, config, adapter_name, target, name)
+        layer.set_adapter(active, inference_mode=not trainable)
+    share_tied(base)

@@ -1,0 +1,115 @@
+"""Kinds of layers: one per way in which a module uses its parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D as TransposedLinear
+
+from peft_ird.layer import Deltas, IRDLayer, is_low_precision, with_parameters
+from peft_ird.sparse.ops import sum_dense
+
+__all__ = ["Affine", "Conv1D", "Embedding", "Linear", "Norm", "wrap"]
+
+
+class Affine(IRDLayer):
+    """A layer whose output is affine in its parameters, as norms and convolutions.
+
+    With low-precision weights most small deltas would be lost in the sum (of deltas of
+    1e-4 a third, in bfloat16); their share of the output is added instead.
+    """
+
+    def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
+        if not any(is_low_precision(self._base_parameter(name)) for name in deltas):
+            return super()._run(deltas, *args, **kwargs)
+        output = self.base_layer(*args, **kwargs)
+        dense = {name: sum_dense(found, output.dtype) for name, found in deltas.items()}
+        return output + self._output_share(dense, *args, **kwargs)
+
+    def _output_share(
+        self, dense: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return what dense deltas add to the output: f(delta) - f(0)."""
+        base = self.get_base_layer()
+        own = base.named_parameters(recurse=False)
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in own}
+
+        def output(parameters: Mapping[str, Tensor]) -> Tensor:
+            # The class's own forward: hooks have run on the base layer already.
+            clone = with_parameters(base, parameters)
+            result: Tensor = type(base).forward(clone, *args, **kwargs)
+            return result
+
+        return output({**zeros, **dense}) - output(zeros)
+
+
+class Norm(Affine):
+    """LayerNorm, RMSNorm and their kin."""
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int | None, int | None]:
+        weight = getattr(base_layer, "weight", None)
+        size = None if weight is None else weight.numel()
+        return size, size
+
+
+class Embedding(Affine):
+    """``nn.Embedding``: weight ``[tokens, o]``."""
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int | None, int | None]:
+        return base_layer.num_embeddings, base_layer.embedding_dim
+
+
+class Linear(Affine):
+    """``nn.Linear``: weight ``[o, i]``, bias ``[o]``."""
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int | None, int | None]:
+        return base_layer.in_features, base_layer.out_features
+
+    def _output_share(self, dense: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        if "weight" not in dense:
+            return dense["bias"]
+        return self._multiply(x, dense["weight"], dense.get("bias"))
+
+    @staticmethod
+    def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x.to(weight.dtype), weight, bias)
+
+
+class Conv1D(Linear):
+    """The transposed linear layer of GPT-2: weight ``[i, o]``, bias ``[o]``."""
+
+    @staticmethod
+    def _features(base_layer: Any) -> tuple[int | None, int | None]:
+        return base_layer.nx, base_layer.nf
+
+    @staticmethod
+    def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x.to(weight.dtype), weight.T, bias)
+
+
+def wrap(module: nn.Module) -> IRDLayer:
+    """Return the layer kind that fits a module, around it.
+
+    Args:
+        module: A base module, or another tuner's layer around one.
+    """
+    base = module
+    while isinstance(base, BaseTunerLayer):
+        base = base.base_layer
+    if isinstance(base, nn.Linear):
+        return Linear(module)
+    if isinstance(base, TransposedLinear):
+        return Conv1D(module)
+    if isinstance(base, nn.Embedding):
+        return Embedding(module)
+    if isinstance(base, nn.LayerNorm) or type(base).__name__.endswith("RMSNorm"):
+        return Norm(module)
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return Affine(module)
+    return IRDLayer(module)

@@ -1,0 +1,213 @@
+"""The tuner: puts a selection into a model, and a saved adapter back."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    check_target_module_exists,
+)
+from torch import Tensor, nn
+
+from peft_ird._registration import PREFIX
+from peft_ird.config import IRDConfig
+from peft_ird.injection import (
+    Shapes,
+    adapter_counts,
+    install,
+    install_nested,
+    parameter_shapes,
+    replace,
+    resize,
+    share_tied,
+)
+from peft_ird.layer import IRDLayer
+from peft_ird.sparse.storage import check_entries, entry_counts
+from peft_ird.targets import resolve_targets, select_parameters
+
+__all__ = ["IRDModel"]
+
+
+class IRDModel(BaseTuner):  # type: ignore[misc]
+    """Trains chosen entries of a model's own weights as sparse deltas.
+
+    The entries come from the configuration's ``selection``, from a new selection on
+    its ``calibration`` data, or, for a saved adapter, from its weight file. A module
+    without a chosen entry stays as it is.
+
+    Args:
+        model: The base model; changed in place.
+        peft_config: An `IRDConfig`, or a dictionary of them by adapter name.
+        adapter_name: The adapter to inject.
+        low_cpu_mem_usage: Whether values stay on the meta device until they are loaded.
+        state_dict: Saved tensors that tell which entries to make room for.
+
+    Raises:
+        ValueError: If the data, the options or a saved adapter do not fit the model;
+            the model has not been changed by then.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = IRDLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's declaration)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Select entries, or make room for saved ones, and wrap their modules.
+
+        Args:
+            model: The base model; changed in place.
+            adapter_name: The adapter; its configuration is in ``peft_config``.
+            autocast_adapter_dtype: Whether low-precision values are raised to float32.
+            low_cpu_mem_usage: Whether values stay on the meta device.
+            state_dict: Saved tensors that tell which entries to make room for.
+
+        Raises:
+            ValueError: As the class says.
+        """
+        config: IRDConfig = self.peft_config[adapter_name]
+        _settle(model, config, state_dict)
+        BaseTuner.inject_adapter(
+            self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
+            state_dict,
+        )  # fmt: skip
+        install_nested(model, config, adapter_name, self.active_adapters)
+        share_tied(model)
+        config.selection = None
+
+    @staticmethod
+    def _check_target_module_exists(config: IRDConfig, key: str) -> Any:
+        if key in (config.nnz_pattern or ()):
+            return True
+        if config.target_modules is None:
+            config = copy.copy(config)
+            config.target_modules = set()
+        found = check_target_module_exists(config, key)
+        # What is falsy tells PEFT whether the module was excluded.
+        return False if found and config.nnz_pattern is not None else found
+
+    def _prepare_adapter_config(self, peft_config: IRDConfig, _: Any) -> IRDConfig:
+        """Return the configuration: no targets means every parameter."""
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        config: IRDConfig,
+        adapter_name: str,
+        target: nn.Module,
+        *_: Any,
+        current_key: str,
+    ) -> None:
+        if current_key in (config.nnz_pattern or ()):
+            install(self.model, config, adapter_name, target, current_key)
+
+    def _replace_module(
+        self, _parent: nn.Module, _name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        replace(self.model, child, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        # PEFT does not look inside tuner layers; wrapped modules may hold wrapped ones.
+        while any(isinstance(module, IRDLayer) for module in self.model.modules()):
+            super()._unload_and_optionally_merge(*args, **kwargs)
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        return model
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: IRDConfig) -> None:
+        """Do nothing: a delta acts in every module that holds its parameter."""
+
+    def _check_merge_allowed(self) -> None:
+        """Do nothing: merging writes into the shared parameter itself."""
+
+    # ---- saving and loading ----
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: IRDConfig,
+        adapter_name: str,
+        *args: Any,
+        **kw: Any,
+    ) -> dict[str, Tensor]:
+        config.nnz_pattern = adapter_counts(model, adapter_name)
+        config.shape_pattern = parameter_shapes(model, config.nnz_pattern)
+        state_dict: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, *args, **kw
+        )
+        return state_dict
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: IRDConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        counts = adapter_counts(model, adapter_name)
+        saved = entry_counts(state_dict)
+        expected = counts if config.awaits_weights or not saved else saved
+        if saved:
+            check_entries(state_dict, expected, parameter_shapes(model, expected))
+        if expected != counts:
+            resize(model, config, adapter_name, expected)
+        mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return mapped
+
+
+def _settle(
+    model: nn.Module, config: IRDConfig, state_dict: Mapping[str, Tensor] | None
+) -> None:
+    """Decide on the entries and write them into the config, or leave it untouched."""
+    if state_dict is not None:
+        counts = entry_counts(state_dict)
+        shapes = parameter_shapes(model, counts)
+    elif config.awaits_weights:
+        assert config.nnz_pattern is not None
+        counts = config.nnz_pattern
+        shapes = parameter_shapes(model, counts)
+        _check_shapes(shapes, config.shape_pattern or {})
+    elif config.selection is None and not resolve_targets(model, config):
+        return  # PEFT knows best what to say
+    else:
+        selection = config.selection or select_parameters(model, config)
+        counts = selection.counts
+        shapes = parameter_shapes(model, counts)
+        _check_shapes(shapes, selection.shapes)
+        selection.check()
+        _check_size(config, len(selection), selection.num_candidates)
+        config.selection = selection
+    config.nnz_pattern, config.shape_pattern = counts, shapes
+
+
+def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
+    wanted = config.budget
+    if config.density is not None:
+        wanted = max(1, round(config.density * candidates))
+    if wanted is not None and wanted != size:
+        raise ValueError(
+            f"`selection` has {size} entries, but `density` or `budget` asks for "
+            f"{wanted}. Leave them out to use the selection as it is."
+        )
+
+
+def _check_shapes(shapes: Shapes, expected: Mapping[str, Mapping[str, Any]]) -> None:
+    for module, parameters in expected.items():
+        for name, shape in parameters.items():
+            found = shapes.get(module, {}).get(name)
+            if found is not None and list(shape) != found:
+                raise ValueError(
+                    f"The adapter was made for another base model: its "
+                    f"'{module}.{name}' has shape {list(shape)}, here it is {found}. "
+                    "Load the base model that adapter_config.json names."
+                )

@@ -1,0 +1,218 @@
+"""The parameters that a configuration targets, and the selection among them."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_ird._registration import include_all_linear_layers
+from peft_ird.config import IRDConfig
+from peft_ird.selection.calibration import Calibration
+from peft_ird.selection.ird import select
+from peft_ird.selection.pool import Pool
+from peft_ird.selection.selection import Selection
+
+__all__ = [
+    "base_model",
+    "base_modules",
+    "find_candidates",
+    "resolve_targets",
+    "select_parameters",
+]
+
+logger = logging.getLogger(__name__)
+
+# Their parameters are read by the parent; nobody calls them.
+_CONTAINERS = (
+    nn.ParameterList,
+    nn.ParameterDict,
+    nn.utils.parametrize.ParametrizationList,
+)
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def select_parameters(
+    model: nn.Module, config: IRDConfig, calibration: Calibration | Any | None = None
+) -> Selection:
+    """Choose the entries to train, as the config says; nothing is injected.
+
+    Args:
+        model: The base model, or a model that adapters were injected into; these are
+            off while its entries are ranked. It comes back as it was: mode, gradients,
+            ``requires_grad``, hooks and random state.
+        config: The configuration; it is not changed.
+        calibration: The data, where the method needs it. Default: the config's own.
+
+    Returns:
+        The selection, for ``get_peft_model(model, IRDConfig(selection=selection))``.
+
+    Raises:
+        ValueError: If the data, the options and the model do not fit each other.
+    """
+    if calibration is None:
+        calibration = config.calibration
+    if calibration is not None:
+        calibration = Calibration.of(calibration)
+    base = base_model(model)
+    pool = find_candidates(base, config)
+    with _adapters_off(base):
+        return select(base, pool, calibration, config)
+
+
+def find_candidates(model: nn.Module, config: IRDConfig) -> Pool:
+    """Collect the parameters that a configuration targets.
+
+    A parameter counts once, under its first name in ``named_parameters``, and is
+    targeted if any module that holds it is.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The configuration.
+
+    Returns:
+        The candidates, in ``named_parameters`` order.
+
+    Raises:
+        ValueError: If nothing is targeted, or what is, is quantised or sharded.
+    """
+    targets = set(resolve_targets(model, config))
+    owners: dict[int, tuple[str, str, nn.Parameter]] = {}
+    targeted: set[int] = set()
+    for name, module in base_modules(model):
+        if name in targets:
+            _check_plain(name, module)
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if name:  # the model itself cannot be replaced inside its parent
+                owners.setdefault(id(parameter), (name, parameter_name, parameter))
+            if name in targets:
+                targeted.add(id(parameter))
+    pool = Pool(owner for key, owner in owners.items() if key in targeted)
+    if len(pool) == 0:
+        raise ValueError(
+            f"No parameters to choose from: `target_modules` {config.target_modules} "
+            "matches no module with parameters of its own. Look at the names in "
+            "model.named_modules()."
+        )
+    return pool
+
+
+def resolve_targets(model: nn.Module, config: IRDConfig) -> list[str]:
+    """Return the names of the targeted modules, in the model's order.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The configuration; it is not changed.
+
+    Raises:
+        ValueError: If ``target_modules`` is given and matches no module.
+    """
+    probe = config.__copy__()
+    probe.modules_to_save = [
+        *(config.modules_to_save or ()), *_HEADS.get(str(config.task_type), ())
+    ]  # fmt: skip
+    include_all_linear_layers(probe, model)
+    named = [(name, m) for name, m in base_modules(model) if name]
+    if config.target_modules is None:
+        names = [name for name, module in named if _holds_parameters(module)]
+        probe.target_modules = set(_in_layers(names, config))
+    return [name for name, _ in named if check_target_module_exists(probe, name)]
+
+
+def _in_layers(names: list[str], config: IRDConfig) -> list[str]:
+    """Return the names inside the layers that the configuration asks for, if any."""
+    if config.layers_to_transform is None:
+        return names
+    probe = config.__copy__()
+    probe.exclude_modules = probe.modules_to_save = None
+    # PEFT looks at layers only where a suffix matched: the dot makes each name one.
+    probe.target_modules = {name.rpartition(".")[2] for name in names}
+    return [name for name in names if check_target_module_exists(probe, f".{name}")]
+
+
+def base_model(model: Any) -> nn.Module:
+    """Return the model inside a ``PeftModel``, or the model itself."""
+    inside: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return inside
+
+
+def base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the base model's modules under their names without any adapters.
+
+    Heads that PEFT trains whole (``modules_to_save``) are left out.
+
+    Args:
+        model: A model, with or without adapters.
+        name: The name to begin with.
+    """
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        if isinstance(module, AuxiliaryTrainingWrapper) or id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from visit(child, f"{name}.{child_name}" if name else child_name)
+
+    return visit(model, name)
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    has_own = next(module.named_parameters(recurse=False), None) is not None
+    return has_own and not isinstance(module, _CONTAINERS)
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    """Refuse weights whose entries are not the ones that the model computes with."""
+    packed = [n for n in ("qweight", "W_q", "quant_state") if hasattr(module, n)]
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"'{name}.{parameter_name}' is sharded over devices; entries can only "
+                "be selected in whole weights. Select on an unsharded model and pass "
+                "`selection=`."
+            )
+        if not parameter.is_floating_point():
+            packed.append(f"{parameter_name} ({parameter.dtype})")
+    if packed:
+        raise ValueError(
+            f"'{name}' is quantised (it has {', '.join(packed)}); entries can only be "
+            "selected in floating-point weights. Select on the unquantised model, or "
+            "leave the module out with `exclude_modules`."
+        )
+
+
+@contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    states = [
+        (layer, layer._disable_adapters, list(getattr(layer, "merged_adapters", ())))
+        for layer in layers
+    ]
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, disabled, merged in states:
+            if merged and not layer.merged:
+                layer.merge(adapter_names=merged)
+            layer.enable_adapters(not disabled)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

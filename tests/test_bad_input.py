@@ -1,0 +1,395 @@
+"""What bad input gets: a clear error before anything changes."""
+
+import copy
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_ird import Calibration, IRDConfig, select_parameters
+from tests.conftest import make_model, make_samples
+
+
+def config(**options):
+    options.setdefault("num_samples", 8)
+    return IRDConfig(task_type="SEQ_CLS", **options)
+
+
+def refused(message, model, config, calibration=None):
+    """Both doors refuse, and leave the model as it was."""
+    state = copy.deepcopy(model.state_dict())
+    names = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        select_parameters(model, config, calibration)
+    config = copy.deepcopy(config)
+    if calibration is not None:
+        config.calibration = Calibration.of(calibration)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config)
+    assert [type(m) for m in model.modules()] == names
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert config.nnz_pattern is None
+    assert config.selection is None
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Pass either `density`"),
+        ({"density": 0.1, "budget": 5}, "Pass either `density`"),
+        ({"density": 0.0}, r"`density` must lie in \(0, 1\], got 0"),
+        ({"density": 1.1}, r"`density` must lie in \(0, 1\], got 1\.1"),
+        ({"density": -0.1}, r"`density` must lie in \(0, 1\]"),
+        ({"density": float("nan")}, r"`density` must lie in \(0, 1\]"),
+        ({"budget": 0}, "`budget` must be a whole number of at least 1, got 0"),
+        ({"budget": 2.5}, "`budget` must be a whole number"),
+        ({"density": 0.1, "num_samples": 0}, "`num_samples` must be"),
+        ({"density": 0.1, "initial_density": 0.0}, "`initial_density` must lie in"),
+        ({"density": 0.1, "method": "lottery"}, "`method` must be one of 'ird'"),
+        ({"density": 0.1, "scope": "layer"}, "`scope` must be one of"),
+        ({"density": 0.1, "fisher": "true"}, "`fisher` must be one of"),
+        ({"density": 0.1, "sample_score": "none"}, "`sample_score` must be one of"),
+        ({"density": 0.1, "schedule": []}, "`schedule` is empty"),
+        ({"density": 0.1, "schedule": [(2, 0.1), (4, 0.1)]}, "must not grow"),
+        ({"density": 0.1, "schedule": "slow"}, "`schedule` must be"),
+        (
+            {"density": 0.1, "target_modules": "lin.*", "layers_to_transform": [0]},
+            "`layers_to_transform` cannot be used",
+        ),
+        ({"density": 0.1, "layers_pattern": "h"}, "`layers_to_transform` must also"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        IRDConfig(**options)
+
+
+def test_a_budget_above_the_candidates():
+    model = make_model("bert")
+    size = sum(p.numel() for p in model.bert.parameters())
+    refused(
+        rf"{size + 1} entries are asked for.*has {size}",
+        model,
+        config(budget=size + 1, method="magnitude"),
+    )
+
+
+def test_a_start_below_the_target():
+    data = make_samples("bert")
+    refused(
+        "must not be below",
+        make_model("bert"),
+        config(density=0.2, initial_density=0.1),
+        data,
+    )
+
+
+def test_a_schedule_that_ends_elsewhere():
+    schedule = [(8, 0.5), (4, 0.2)]
+    refused(
+        "must meet the density asked for",
+        make_model("bert"),
+        config(density=0.1, schedule=schedule),
+        make_samples("bert"),
+    )
+
+
+def test_no_module_matches():
+    refused(
+        "matches no module|No modules were targeted",
+        make_model("bert"),
+        config(density=0.1, method="random", target_modules=["nothing_like_it"]),
+    )
+
+
+# ---- data ----
+
+
+@pytest.mark.parametrize("method", ["ird", "reverse_ird", "fish", "gradient"])
+def test_no_calibration(method):
+    refused(
+        rf"method='{method}' ranks entries on data.*calibration=Calibration",
+        make_model("bert"),
+        config(density=0.1, method=method),
+    )
+
+
+@pytest.mark.parametrize(
+    "data", [[], {"input_ids": torch.zeros(0, 3, dtype=torch.long)}]
+)
+def test_an_empty_calibration_set(data):
+    refused("`calibration` is empty", make_model("bert"), config(density=0.1), data)
+
+
+def test_more_samples_than_there_are():
+    refused(
+        "20 samples are asked for, but `calibration` has 12",
+        make_model("bert"),
+        config(density=0.1, num_samples=20),
+        make_samples("bert"),
+    )
+    refused(
+        "128 samples are asked for, but `calibration` has 12",
+        make_model("bert"),
+        config(density=0.001, schedule="paper"),
+        make_samples("bert"),
+    )
+
+
+def test_missing_labels():
+    data = make_samples("bert", 8)
+    del data[2]["labels"]
+    refused(
+        "sample 2 has no `labels`; its fields are input_ids",
+        make_model("bert"),
+        config(density=0.1),
+        data,
+    )
+
+
+@pytest.mark.parametrize("label", [2, -1, -7])
+def test_labels_out_of_range(label):
+    data = make_samples("bert", 8)
+    data[3]["labels"] = label
+    refused(
+        rf"labels of calibration sample 3 must lie in \[0, 2\).*got {label}",
+        make_model("bert"),
+        config(density=0.1),
+        data,
+    )
+
+
+def test_token_labels_out_of_range():
+    model = make_model("llama")
+    data = make_samples("llama", 8)
+    data[1]["labels"][2] = 40
+    settings = IRDConfig(task_type="CAUSAL_LM", density=0.1, num_samples=8)
+    refused(r"sample 1 must lie in \[0, 40\).*got 40", model, settings, data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_named(value):
+    def loss(model, batch):
+        value_here = value if batch["input_ids"].shape[1] == 5 else 1.0
+        return model(**batch).loss * value_here
+
+    data = make_samples("bert", 8)
+    refused(
+        "loss of calibration sample 1 must be one finite number",
+        make_model("bert"),
+        config(density=0.1),
+        Calibration(data, loss=loss),
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    def loss(model, batch):
+        return model(**batch).logits.sum().mul(0).sqrt()
+
+    refused(
+        "gradient of 'bert.* is not finite on calibration sample 0",
+        make_model("bert"),
+        config(density=0.1),
+        Calibration(make_samples("bert", 8), loss=loss),
+    )
+
+
+def test_a_model_without_a_loss():
+    model = nn.Sequential(nn.Linear(3, 2))
+    refused(
+        "returned no loss.*Calibration\\(..., loss=...\\)",
+        model,
+        IRDConfig(density=0.1, num_samples=2),
+        [torch.randn(3), torch.randn(3)],
+    )
+
+
+def test_a_parameter_without_gradient():
+    model = make_model("bert")
+    model.bert.spare = nn.Linear(3, 3)
+    refused(
+        r"no gradient from any sample: bert\.spare\.weight, bert\.spare\.bias",
+        model,
+        config(density=0.1),
+        make_samples("bert"),
+    )
+
+
+def test_sampled_labels_with_a_loss_of_ones_own():
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    refused(
+        "fisher='sampled' draws labels",
+        nn.Sequential(nn.Linear(3, 2)),
+        IRDConfig(density=0.1, num_samples=2, fisher="sampled"),
+        Calibration([torch.randn(3), torch.randn(3)], loss=loss),
+    )
+
+
+# ---- models ----
+
+
+class Int8Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.zeros(4, 4, dtype=torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype)
+
+
+class PackedLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(2, 4, dtype=torch.int32))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("module", [Int8Linear, PackedLinear])
+def test_a_quantised_base(module):
+    model = nn.Sequential(nn.Linear(4, 4), module())
+    settings = IRDConfig(density=0.5, method="random", target_modules=["0", "1"])
+    refused("'1' is quantised", model, settings)
+
+
+# ---- loading ----
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    options = {"density": 0.02, "method": "random", "init_weights": False}
+    model = get_peft_model(make_model("bert"), config(**options))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def refused_to_load(folder, message, model=None):
+    model = model or make_model("bert")
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model, folder)
+    assert not any(isinstance(m, BaseTunerLayer) for m in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def change_weights(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def key_of(tensors, kind, least=2):
+    return next(k for k, v in tensors.items() if kind in k and v.numel() >= least)
+
+
+def test_an_index_that_exceeds_the_weight(saved):
+    def change(tensors):
+        tensors[key_of(tensors, "indices")][-1] = 10_000_000
+
+    change_weights(saved, change)
+    refused_to_load(saved, r"must lie in \[0, \d+\), got \d+ to 10000000")
+
+
+def test_a_repeated_index(saved):
+    def change(tensors):
+        indices = tensors[key_of(tensors, "indices")]
+        indices[1] = indices[0]
+
+    change_weights(saved, change)
+    refused_to_load(saved, "sorted and distinct")
+
+
+def test_counts_that_disagree_inside_the_file(saved):
+    def change(tensors):
+        key = key_of(tensors, "values")
+        tensors[key] = tensors[key][:-1].clone()
+
+    change_weights(saved, change)
+    refused_to_load(saved, "counts of .* disagree")
+
+
+def test_counts_that_disagree_with_the_configuration(saved):
+    path = saved / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    module, parameters = next(iter(settings["nnz_pattern"].items()))
+    settings["nnz_pattern"][module] = {n: k + 1 for n, k in parameters.items()}
+    path.write_text(json.dumps(settings))
+    refused_to_load(saved, re.escape(module) + ".*disagree: adapter_config.json")
+
+
+def test_entries_that_are_missing(saved):
+    def change(tensors):
+        del tensors[key_of(tensors, "indices")]
+
+    change_weights(saved, change)
+    refused_to_load(saved, "missing from the adapter")
+
+
+def test_a_truncated_file(saved):
+    path = saved / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused_to_load(saved, "cannot be read as a safetensors file.*cut short")
+
+
+def test_a_base_model_of_other_shapes(saved):
+    from transformers import BertForSequenceClassification  # noqa: PLC0415
+
+    from tests.conftest import bert_config  # noqa: PLC0415
+
+    settings = bert_config()
+    settings.hidden_size = 32
+    refused_to_load(
+        saved, "made for another base model", BertForSequenceClassification(settings)
+    )
+
+
+def test_a_base_model_without_these_modules(saved):
+    refused_to_load(saved, "has no parameter 'bert", make_model("llama"))
+
+
+def test_bad_tensors_given_directly_change_nothing(saved):
+    from peft import set_peft_model_state_dict  # noqa: PLC0415
+
+    model = PeftModel.from_pretrained(make_model("bert"), saved)
+    before = copy.deepcopy(model.state_dict())
+    tensors = load_file(saved / "adapter_model.safetensors")
+    tensors[key_of(tensors, "indices")][-1] = 10_000_000
+    with pytest.raises(ValueError, match="must lie in"):
+        set_peft_model_state_dict(model, tensors)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_configuration_without_its_weights(saved, tmp_path):
+    from peft import PeftConfig  # noqa: PLC0415
+
+    shutil.copy(saved / "adapter_config.json", tmp_path)
+    model = get_peft_model(make_model("bert"), PeftConfig.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="weights were never loaded"):
+        model(input_ids=torch.tensor([[1, 2]]))
+
+
+def test_a_selection_of_another_size_than_asked_for():
+    selection = select_parameters(make_model("bert"), config(budget=9, method="random"))
+    with pytest.raises(ValueError, match=r"has 9 entries, but .* asks for 8"):
+        get_peft_model(make_model("bert"), config(budget=8, selection=selection))
+
+
+def test_a_selection_for_another_model():
+    selection = select_parameters(make_model("bert"), config(budget=9, method="random"))
+    with pytest.raises(ValueError, match="has no parameter"):
+        get_peft_model(make_model("llama"), IRDConfig(selection=selection))

@@ -1,0 +1,299 @@
+"""Every layer kind against the dense computation, in float64."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.testing import assert_close
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
+
+from peft_ird import IRDConfig
+from peft_ird.layer import IRDLayer
+from tests import oracles
+from tests.oracles import TOL
+
+
+class Scale(nn.Module):
+    """A custom module that is not affine in its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4))
+        self.b = nn.Parameter(torch.randn(()))
+
+    def forward(self, x):
+        return (x * self.a).tanh() * self.b.exp()
+
+
+class Holder(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+def floats(*shape):
+    return lambda: (torch.randn(*shape, dtype=torch.float64),)
+
+
+def tokens():
+    return (torch.tensor([[0, 2, 2], [6, 0, 1]]),)
+
+
+KINDS = {
+    "Linear": (lambda: nn.Linear(4, 3), floats(2, 5, 4)),
+    "Linear without bias": (lambda: nn.Linear(4, 3, bias=False), floats(5, 4)),
+    "Conv1D": (lambda: Conv1D(3, 4), floats(2, 5, 4)),
+    "Embedding": (lambda: nn.Embedding(7, 4), tokens),
+    "Embedding with padding": (lambda: nn.Embedding(7, 4, padding_idx=0), tokens),
+    "LayerNorm": (lambda: nn.LayerNorm(4), floats(2, 5, 4)),
+    "RMSNorm": (lambda: nn.RMSNorm(4), floats(2, 5, 4)),
+    "LlamaRMSNorm": (lambda: LlamaRMSNorm(4), floats(2, 5, 4)),
+    "Conv1d": (lambda: nn.Conv1d(2, 4, 3, groups=2), floats(2, 2, 6)),
+    "Conv2d": (lambda: nn.Conv2d(2, 3, 2, stride=2), floats(2, 2, 4, 4)),
+    "Conv3d": (lambda: nn.Conv3d(1, 2, 2), floats(1, 1, 3, 3, 3)),
+    "Bilinear": (
+        lambda: nn.Bilinear(2, 3, 2),
+        lambda: (*floats(4, 2)(), *floats(4, 3)()),
+    ),
+    "GRU": (lambda: nn.GRU(3, 2), floats(4, 1, 3)),
+    "custom": (Scale, floats(3, 4)),
+}
+ALL = -1
+
+
+def adapted(kind: str, k: int, dtype: torch.dtype = torch.float64, **options):
+    """A wrapped module of this kind with k random entries, its copy and its input."""
+    torch.manual_seed(0)
+    make, inputs = KINDS[kind]
+    model = Holder(make().to(dtype)).eval()
+    size = sum(p.numel() for p in model.parameters())
+    base = copy.deepcopy(model.inner)
+    config = IRDConfig(budget=size if k == ALL else k, method="random", **options)
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    args = tuple(a.to(dtype) if a.is_floating_point() else a for a in inputs())
+    return peft_model, base, args
+
+
+def dense_deltas(layer: IRDLayer) -> dict[str, torch.Tensor]:
+    base = layer.get_base_layer()
+    return {
+        name: oracles.dense(
+            layer.irdelta_indices["default"][name],
+            values,
+            base.get_parameter(name).shape,
+        )
+        for name, values in layer.irdelta_values["default"].items()
+    }
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("k", [1, 3, ALL])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_gradients_equal_the_dense_computation(kind, k):
+    model, base, args = adapted(kind, k, init_weights=False)
+    layer = model.base_model.model.inner
+    oracle = oracles.with_dense_deltas(base, dense_deltas(layer))
+    x = [a.clone().requires_grad_(a.is_floating_point()) for a in args]
+    y = [a.clone().requires_grad_(a.is_floating_point()) for a in args]
+    output, expected = first(layer(*x)), first(oracle(*y))
+    assert_close(output, expected, **TOL[torch.float64])
+    upstream = torch.randn_like(output)
+    output.backward(upstream)
+    expected.backward(upstream)
+    for name, values in layer.irdelta_values["default"].items():
+        dense_gradient = oracle.get_parameter(name).grad.flatten()
+        at = dense_gradient[layer.irdelta_indices["default"][name]]
+        assert_close(values.grad, at, **TOL[torch.float64])
+    for mine, theirs in zip(x, y, strict=True):
+        if theirs.grad is not None:
+            assert_close(mine.grad, theirs.grad, **TOL[torch.float64])
+
+
+# By definition the padding row gets no gradient, so differences disagree there.
+@pytest.mark.parametrize("kind", [k for k in KINDS if "padding" not in k])
+def test_the_values_pass_gradcheck(kind):
+    model, _, args = adapted(kind, 3, init_weights=False)
+    layer = model.base_model.model.inner
+    names = [n for n, _ in layer.named_parameters() if "irdelta_values" in n]
+    values = [layer.get_parameter(name).detach().requires_grad_() for name in names]
+
+    def call(*values):
+        given = dict(zip(names, values, strict=True))
+        return first(torch.func.functional_call(layer, given, args))
+
+    assert torch.autograd.gradcheck(call, values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_values_give_the_base_output_bit_for_bit(kind):
+    model, base, args = adapted(kind, ALL, torch.float32)
+    assert torch.equal(first(model(*args)), first(base(*args)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unmerge_puts_every_bit_back(kind, dtype):
+    model, base, _ = adapted(kind, ALL, dtype, init_weights=False)
+    model.merge_adapter()
+    layer = model.base_model.model.inner
+    changed = [
+        not torch.equal(p, q)
+        for p, q in zip(
+            layer.get_base_layer().parameters(), base.parameters(), strict=True
+        )
+    ]
+    assert any(changed)
+    model.unmerge_adapter()
+    for p, q in zip(
+        layer.get_base_layer().parameters(), base.parameters(), strict=True
+    ):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_and_active_outputs_are_bit_identical_in_float32(kind):
+    model, _, args = adapted(kind, ALL, torch.float32, init_weights=False)
+    active = first(model(*args))
+    model.merge_adapter()
+    assert torch.equal(first(model(*args)), active)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "kind", ["Linear", "Conv1D", "Embedding", "LayerNorm", "LlamaRMSNorm", "Conv1d"]
+)
+def test_a_small_delta_survives_in_low_precision(kind, dtype):
+    model, base, args = adapted(kind, ALL, torch.float64)
+    layer = model.base_model.model.inner
+    for values in layer.irdelta_values["default"].values():
+        values.data.fill_(1e-4)
+    exact = first(model(*args)) - first(base(*args))
+    model.to(dtype)
+    for name, values in layer.irdelta_values["default"].items():
+        layer.irdelta_values["default"][name] = nn.Parameter(values.float())
+    args = tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
+    base_output = torch.zeros_like(first(base.to(dtype)(*args)))
+    layer.base_layer.register_forward_hook(lambda *_: base_output)
+    share = first(layer._run(layer._deltas_in_force(), *args))
+    assert share.dtype == dtype
+    assert_close(share.double(), exact, rtol=0.05, atol=2e-6)
+
+
+def test_a_module_without_entries_is_not_wrapped():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(model, IRDConfig(budget=1, method="magnitude"))
+    wrapped = [isinstance(m, IRDLayer) for m in model.base_model.model]
+    assert sorted(wrapped) == [False, True]
+
+
+def test_hooks_on_the_base_layer_run():
+    model, _, args = adapted("Linear", 3)
+    calls = []
+    base_layer = model.base_model.model.inner.base_layer
+    base_layer.register_forward_hook(lambda *_: calls.append("called"))
+    model(*args)
+    assert calls == ["called"]
+
+
+def test_an_error_inside_the_base_layer_leaves_the_weights_alone():
+    model, base, _ = adapted("Linear", 3, init_weights=False)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 99, dtype=torch.float64))
+    layer = model.base_model.model.inner
+    assert torch.equal(layer.base_layer.weight, base.weight)
+    assert isinstance(layer.base_layer.weight, nn.Parameter)
+
+
+def test_the_weight_that_others_read_has_the_delta_in_it():
+    model, base, _ = adapted("Linear", 15, init_weights=False)
+    layer = model.base_model.model.inner
+    deltas = dense_deltas(layer)
+    assert_close(layer.weight, base.weight + deltas["weight"])
+    assert_close(layer.bias, base.bias + deltas["bias"])
+    with model.disable_adapter():
+        assert layer.weight is layer.base_layer.weight
+
+
+def test_multi_head_attention_uses_deltas_of_its_output_projection():
+    torch.manual_seed(0)
+    attention = Holder(nn.MultiheadAttention(4, 2, batch_first=True).double())
+    base = copy.deepcopy(attention.inner)
+    size = sum(p.numel() for p in attention.parameters())
+    config = IRDConfig(budget=size, method="random", init_weights=False)
+    model = get_peft_model(attention, config, autocast_adapter_dtype=False)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    outer = model.base_model.model.inner
+    inner = outer.base_layer.out_proj
+    assert isinstance(inner, IRDLayer)
+    oracle = oracles.with_dense_deltas(
+        base,
+        dense_deltas(outer)
+        | {f"out_proj.{k}": v for k, v in dense_deltas(inner).items()},
+    )
+    expected = oracle(x, x, x)[0]
+    assert_close(model(x, x, x)[0], expected, **TOL[torch.float64])
+    model(x, x, x)[0].sum().backward()
+    assert inner.irdelta_values["default"]["weight"].grad.abs().sum() > 0
+    merged = model.merge_and_unload()
+    assert not any(isinstance(m, IRDLayer) for m in merged.modules())
+    assert_close(merged(x, x, x)[0], expected, **TOL[torch.float64])
+
+
+def test_a_copy_has_its_own_values():
+    model, _, args = adapted("Linear", 5, init_weights=False)
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(*args), model(*args))
+    for values in clone.base_model.model.inner.irdelta_values["default"].values():
+        values.data.zero_()
+    assert not torch.equal(clone(*args), model(*args))
+
+
+def test_a_model_survives_pickling():
+    model, _, args = adapted("Linear", 5, init_weights=False)
+    clone = pickle.loads(pickle.dumps(model))
+    assert torch.equal(clone(*args), model(*args))
+
+
+def test_get_delta_weight_is_the_dense_delta():
+    model, _, _ = adapted("Linear", 6, init_weights=False)
+    layer = model.base_model.model.inner
+    for name, expected in dense_deltas(layer).items():
+        assert torch.equal(layer.get_delta_weight("default", name), expected)
+    assert layer.get_delta_weight("nobody").count_nonzero() == 0
+
+
+def test_a_module_held_by_two_parents_is_replaced_in_both():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+            self.b = nn.Sequential(self.a)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    torch.manual_seed(0)
+    model = Twice().double()
+    base = copy.deepcopy(model)
+    config = IRDConfig(density=1.0, method="random", init_weights=False)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    inner = model.base_model.model
+    assert inner.a is inner.b[0]
+    oracle = oracles.with_dense_deltas(
+        base, {f"a.{k}": v for k, v in dense_deltas(inner.a).items()}
+    )
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert_close(model(x), oracle(x), **TOL[torch.float64])
+    unloaded = model.unload()
+    assert unloaded.a is unloaded.b[0]
+    assert isinstance(unloaded.a, nn.Linear)

@@ -1,0 +1,524 @@
+"""What a user of PEFT expects of any tuner, on tiny BERT, GPT-2 and LLaMA."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.utils import PeftType
+from torch import nn
+from torch.testing import assert_close
+
+from peft_ird import IRDConfig, IRDModel
+from peft_ird.layer import IRDLayer
+from tests.conftest import make_batch, make_model, make_samples, task_type
+from tests.oracles import TOL
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*was active which is now deleted")
+
+
+def config(name: str, **options) -> IRDConfig:
+    options = {"density": 0.02, "method": "random", "init_weights": False, **options}
+    return IRDConfig(task_type=task_type(name), **options)
+
+
+def adapted(name: str, **options) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(make_model(name), config(name, **options)).eval()
+
+
+def logits(model: nn.Module, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**make_batch(name)).logits
+
+
+# ---- registration ----
+
+
+def test_importing_registers_the_tuner():
+    assert PeftType("IRD") is PeftType.IRD
+    assert PeftType.IRD in list(PeftType)
+    assert PeftType.IRD == "IRD"
+    assert isinstance(
+        get_peft_model(make_model("bert"), config("bert")).base_model, IRDModel
+    )
+
+
+def test_registering_twice_changes_nothing():
+    import importlib  # noqa: PLC0415
+
+    import peft_ird  # noqa: PLC0415
+
+    before = list(PeftType)
+    importlib.reload(peft_ird)
+    assert list(PeftType) == before
+    adapted("bert")
+
+
+# ---- selection and injection in one call ----
+
+
+def test_one_call_selects_and_injects(name):
+    model = make_model(name)
+    base = logits(model, name)
+    options = {"density": 0.01, "num_samples": 8, "method": "ird", "init_weights": True}
+    data = make_samples(name)
+    peft_model = get_peft_model(model, config(name, calibration=data, **options))
+    trainable, total = peft_model.get_nb_trainable_parameters()
+    settings = peft_model.peft_config["default"]
+    entries = sum(
+        k for counts in settings.nnz_pattern.values() for k in counts.values()
+    )
+    head = sum(
+        p.numel() for n, p in peft_model.named_parameters() if "modules_to_save" in n
+    )
+    assert trainable == entries + head
+    assert 0 < entries < 0.011 * total
+    assert torch.equal(logits(peft_model.eval(), name), base)
+    peft_model.print_trainable_parameters()
+
+
+def test_a_budget_is_met_exactly(name):
+    model = adapted(name, density=None, budget=123)
+    count = sum(p.numel() for n, p in model.named_parameters() if "irdelta" in n)
+    assert count == 123
+
+
+def test_the_whole_surface_of_targets():
+    def targeted(**options):
+        pattern = (
+            adapted("bert", density=1.0, **options).peft_config["default"].nnz_pattern
+        )
+        return set(pattern)
+
+    every = targeted()
+    names = [n for n, m in make_model("bert").bert.named_modules() if m._parameters]
+    assert every == {f"bert.{n}" for n in names}
+    linear = {n for n in every if "LayerNorm" not in n and "embeddings" not in n}
+    assert targeted(target_modules="all-linear") == linear
+    queries = {f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)}
+    assert targeted(target_modules=["query"]) == queries
+    assert targeted(target_modules=r".*\.1\..*query") == {max(queries)}
+    assert targeted(target_modules=["query"], layers_to_transform=0) == {min(queries)}
+    assert targeted(layers_to_transform=[1]) == {n for n in every if ".layer.1." in n}
+    assert targeted(
+        target_modules=["query"], layers_to_transform=[1], layers_pattern="layer"
+    ) == {max(queries)}
+    assert targeted(exclude_modules=["query"]) == every - queries
+    assert targeted(exclude_modules=r".*encoder.*") == {
+        n for n in every if "encoder" not in n
+    }
+    assert targeted(modules_to_save=["pooler"]) == every - {"bert.pooler.dense"}
+
+
+def test_the_head_is_trained_whole_and_is_no_candidate():
+    model = adapted("bert", density=1.0)
+    assert not any("classifier" in n for n in model.peft_config["default"].nnz_pattern)
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    assert head.weight.requires_grad
+
+
+# ---- several adapters ----
+
+
+def test_adapters_are_added_switched_and_deleted(name):
+    model = adapted(name)
+    base = logits(make_model(name), name)
+    one = logits(model, name)
+    torch.manual_seed(2)
+    model.add_adapter("second", config(name, seed=1))
+    assert torch.equal(logits(model, name), one)
+    model.set_adapter("second")
+    two = logits(model, name)
+    assert not torch.equal(one, two)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, name), base)
+    assert torch.equal(logits(model, name), two)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, name), one)
+    model.delete_adapter("default")
+    assert list(model.peft_config) == ["second"]
+    assert not any(".default." in n for n, _ in model.named_parameters())
+    model.set_adapter("second")
+    assert torch.equal(logits(model, name), two)
+
+
+def test_only_the_active_adapter_is_trainable(name):
+    model = adapted(name)
+    model.add_adapter("second", config(name, seed=1))
+
+    def trainable():
+        return {
+            n.split("irdelta_values.")[1].split(".")[0]
+            for n, p in model.named_parameters()
+            if p.requires_grad and "irdelta" in n
+        }
+
+    assert trainable() == {"default"}
+    model.set_adapter("second")
+    assert trainable() == {"second"}
+    assert not any(
+        p.requires_grad for n, p in model.named_parameters() if "base_layer" in n
+    )
+
+
+def test_a_second_adapter_selects_on_the_base_model(name):
+    data = make_samples(name)
+    options = {"density": 0.01, "num_samples": 8, "method": "ird", "calibration": data}
+    alone = adapted(name, **options).peft_config["default"].nnz_pattern
+    model = adapted(name, seed=4)
+    model.train()
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.add_adapter("second", config(name, **options))
+    assert model.peft_config["second"].nnz_pattern == alone
+    after = dict(model.named_parameters())
+    assert all(after[n].requires_grad == flag for n, flag in flags.items())
+    assert model.training
+
+
+def test_both_adapters_active_add_up(name):
+    model = adapted(name)
+    if task_type(name) == "SEQ_CLS":  # two whole heads cannot be active at once
+        model = get_peft_model(
+            make_model(name),
+            IRDConfig(density=0.02, method="random", init_weights=False),
+        ).eval()
+    second = IRDConfig(density=0.02, method="random", init_weights=False, seed=1)
+    model.add_adapter("second", second)
+    tuner = model.base_model
+    merged = copy.deepcopy(model)
+    tuner.set_adapter(["default", "second"])
+    both = logits(model, name)
+    merged = merged.merge_and_unload(adapter_names=["default", "second"])
+    assert_close(logits(merged, name), both, **TOL[torch.float32])
+    tuner.set_adapter("default")
+    assert not torch.equal(logits(model, name), both)
+
+
+def test_a_config_can_be_used_again():
+    settings = config("bert", density=0.05)
+    one = get_peft_model(make_model("bert"), settings).eval()
+    first = copy.deepcopy(settings.nnz_pattern)
+    torch.manual_seed(7)
+    two = get_peft_model(make_model("bert"), settings).eval()
+    assert settings.nnz_pattern == first
+    assert not torch.equal(logits(one, "bert"), logits(two, "bert"))  # other values
+
+
+def test_a_selection_can_be_made_first_and_used_later(name):
+    from peft_ird import select_parameters  # noqa: PLC0415
+
+    data = make_samples(name)
+    options = {"density": 0.01, "num_samples": 8, "method": "ird"}
+    selection = select_parameters(make_model(name), config(name, **options), data)
+    settings = IRDConfig(task_type=task_type(name), selection=selection)
+    model = get_peft_model(make_model(name), settings)
+    together = adapted(name, calibration=data, **options)
+    assert settings.selection is None
+    assert settings.nnz_pattern == together.peft_config["default"].nnz_pattern
+    for module, parameters in selection.indices.items():
+        layer = model.base_model.model.get_submodule(module)
+        for parameter, indices in parameters.items():
+            assert torch.equal(layer.irdelta_indices["default"][parameter], indices)
+
+
+# ---- merging ----
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): p.clone()
+        for name, p in model.named_parameters()
+        if "irdelta" not in name and "modules_to_save" not in name
+    }
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merged_outputs_are_those_of_the_active_adapter_and_unmerge_is_exact(
+    name, safe_merge
+):
+    model = adapted(name)
+    before = base_weights(model)
+    active = logits(model, name)
+    model.merge_adapter(safe_merge=safe_merge)
+    assert torch.equal(logits(model, name), active)
+    model.unmerge_adapter()
+    after = base_weights(model)
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    assert torch.equal(logits(model, name), active)
+    merged = model.merge_and_unload(safe_merge=safe_merge)
+    assert torch.equal(logits(merged, name), active)
+    assert not any(isinstance(m, IRDLayer) for m in merged.modules())
+
+
+def test_unload_gives_the_base_model_back(name):
+    base = make_model(name)
+    expected = logits(base, name)
+    weights = {n: p.clone() for n, p in base.named_parameters()}
+    torch.manual_seed(1)
+    unloaded = get_peft_model(base, config(name)).unload()
+    assert torch.equal(logits(unloaded, name), expected)
+    found = dict(unloaded.named_parameters())
+    assert list(found) == list(weights)
+    assert all(torch.equal(found[n], weights[n]) for n in weights)
+
+
+def test_merging_two_adapters_in_turn_unmerges_exactly(name):
+    model = adapted(name, density=0.5)
+    model.add_adapter("second", config(name, density=0.5, seed=1))
+    before = base_weights(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter(["default"])
+        model.merge_adapter(["second"])
+    model.unmerge_adapter()
+    after = base_weights(model)
+    assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+def test_safe_merge_finds_nan_before_anything_is_written(name):
+    model = adapted(name)
+    before = base_weights(model)
+    values = next(p for n, p in model.named_parameters() if "irdelta" in n)
+    values.data[0] = torch.nan
+    message = "NaNs detected in the merged weights. The adapter default seems to be"
+    with pytest.raises(ValueError, match=message):
+        model.merge_adapter(safe_merge=True)
+    layer = next(m for m in model.modules() if isinstance(m, IRDLayer))
+    assert not layer.merged
+    after = base_weights(model)
+    first = next(iter(before))
+    assert torch.equal(after[first], before[first])
+
+
+# ---- tied weights ----
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("target", [["wte", "embed_tokens"], ["lm_head"], None])
+def test_a_delta_of_tied_embeddings_acts_on_both_sides(kind, target):
+    """Writing the entries into the shared weight is what the delta stands for."""
+    base = make_model(kind)
+    model = adapted(kind, target_modules=target, density=0.3)
+    embedding = model.get_input_embeddings()
+    owner = "transformer.wte" if kind == "gpt2" else "model.embed_tokens"
+    assert owner in model.peft_config["default"].nnz_pattern
+    assert "lm_head" not in model.peft_config["default"].nnz_pattern
+    if target is not None:
+        weight = base.get_input_embeddings().weight
+        flat = weight.data.view(-1)
+        indices = embedding.irdelta_indices["default"]["weight"].long()
+        flat[indices] += embedding.irdelta_values["default"]["weight"].data
+        assert torch.equal(logits(model, kind), logits(base, kind))
+    active = logits(model, kind)
+    with model.disable_adapter():
+        assert not torch.equal(logits(model, kind), active)
+    merged = model.merge_and_unload()
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert torch.equal(logits(merged, kind), active)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_gradient_of_a_tied_delta_sums_both_uses(kind):
+    model = adapted(kind, target_modules=["wte", "embed_tokens"], density=1.0)
+    oracle = copy.deepcopy(model).merge_and_unload()
+    oracle.get_input_embeddings().weight.requires_grad_(True)
+    batch = make_batch(kind)
+    model(**batch).loss.backward()
+    oracle(**batch).loss.backward()
+    values = model.get_input_embeddings().irdelta_values["default"]["weight"]
+    expected = oracle.get_input_embeddings().weight.grad.flatten()
+    assert_close(values.grad, expected, **TOL[torch.float32])
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == values.numel()
+
+
+# ---- status, low-level ways in ----
+
+
+def test_the_status_is_that_of_a_regular_tuner(name):
+    model = adapted(name)
+    model.add_adapter("second", config(name, seed=1))
+    status = get_model_status(model)
+    assert status.peft_types == {"default": "IRD", "second": "IRD"}
+    assert status.enabled is True
+    assert status.active_adapters == ["default"]
+    assert status.merged_adapters == []
+    assert sorted(status.available_adapters) == ["default", "second"]
+    assert status.trainable_params > 0
+    assert len(get_layer_status(model)) > 0
+    model.merge_adapter()
+    # PEFT counts the whole head as an adapter that is not merged.
+    expected = "irregular" if task_type(name) == "SEQ_CLS" else ["default"]
+    assert get_model_status(model).merged_adapters == expected
+
+
+def test_inject_adapter_in_model_and_its_state_dict(name):
+    torch.manual_seed(1)
+    settings = config(name)
+    model = inject_adapter_in_model(settings, make_model(name)).eval()
+    expected = logits(model, name)
+    state_dict = get_peft_model_state_dict(model)
+    other = inject_adapter_in_model(config(name, seed=5), make_model(name)).eval()
+    result = set_peft_model_state_dict(other, state_dict)  # resized to fit
+    assert not result.unexpected_keys
+    assert torch.equal(logits(other, name), expected)
+    fresh = inject_adapter_in_model(
+        config(name, seed=6), make_model(name), state_dict=state_dict
+    ).eval()
+    set_peft_model_state_dict(fresh, state_dict)
+    assert torch.equal(logits(fresh, name), expected)
+
+
+def test_a_resized_adapter_is_trainable_and_logged(name, caplog):
+    state_dict = get_peft_model_state_dict(adapted(name))
+    model = adapted(name, seed=3)
+    with caplog.at_level("WARNING", logger="peft_ird"):
+        set_peft_model_state_dict(model, state_dict)
+    assert "is resized" in caplog.text
+    assert all(p.requires_grad for n, p in model.named_parameters() if "irdelta" in n)
+    assert not any(
+        p.requires_grad for n, p in model.named_parameters() if "base_layer" in n
+    )
+
+
+def test_low_cpu_mem_usage(name, tmp_path):
+    model = adapted(name)
+    expected = logits(model, name)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        make_model(name), tmp_path, low_cpu_mem_usage=True
+    ).eval()
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+    assert torch.equal(logits(loaded, name), expected)
+    loaded.load_adapter(tmp_path, "other", low_cpu_mem_usage=True)
+    loaded.set_adapter("other")
+    assert torch.equal(logits(loaded, name), expected)
+
+
+# ---- training ----
+
+
+def test_gradients_reach_the_values_and_nothing_else(name):
+    model = adapted(name).train()
+    model(**make_batch(name)).loss.backward()
+    for parameter_name, parameter in model.named_parameters():
+        is_trained = "irdelta" in parameter_name or "modules_to_save" in parameter_name
+        assert (parameter.grad is not None) == is_trained, parameter_name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(name, use_reentrant):
+    def gradients(checkpointing):
+        torch.manual_seed(1)
+        base = make_model(name)
+        if checkpointing:
+            base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model = get_peft_model(base, config(name)).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(**make_batch(name)).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    for n, gradient in plain.items():
+        assert_close(checkpointed[n], gradient, **TOL[torch.float32])
+
+
+def test_two_forwards_before_one_backward(name):
+    model = adapted(name)
+    batch = make_batch(name)
+    values = [p for n, p in model.named_parameters() if "irdelta" in n]
+    (model(**batch).loss + model(**batch).loss).backward()
+    twice = [p.grad.clone() for p in values]
+    model.zero_grad()
+    model(**batch).loss.backward()
+    for p, gradient in zip(values, twice, strict=True):
+        assert_close(gradient, 2 * p.grad, **TOL[torch.float32])
+
+
+def test_input_embeds(name):
+    model = adapted(name, target_modules="all-linear")
+    batch = make_batch(name)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    output = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])
+    assert output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_generate(kind):
+    model = adapted(kind)
+    ids = make_batch(kind)["input_ids"][:1]
+    merged = copy.deepcopy(model).merge_and_unload()
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True}
+    found = model.generate(input_ids=ids, **options)
+    assert torch.equal(found, merged.generate(input_ids=ids, **options))
+    assert torch.equal(model.generate(ids, **options), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_bases_keep_float32_values(name, dtype):
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(name).to(dtype), config(name)).eval()
+    values = [p for n, p in model.named_parameters() if "irdelta" in n]
+    assert {p.dtype for p in values} == {torch.float32}
+    output = logits(model, name)
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+    without = get_peft_model(
+        make_model(name).to(dtype), config(name), autocast_adapter_dtype=False
+    )
+    kept = {p.dtype for n, p in without.named_parameters() if "irdelta" in n}
+    assert kept == {dtype}
+
+
+def test_autocast_runs_and_learns(name):
+    model = adapted(name).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**make_batch(name)).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# ---- mixed ----
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+@pytest.mark.parametrize("lora_target", ["query", "key"])
+def test_lora_and_ird_in_one_mixed_model(lora_first, lora_target):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=[lora_target], init_lora_weights=False)
+    ird = IRDConfig(
+        budget=300, method="random", target_modules=["query"], init_weights=False
+    )
+    first, second = (lora, ird) if lora_first else (ird, lora)
+    base = make_model("bert")
+    expected = logits(base, "bert")
+    model = get_peft_model(base, first, adapter_name="first", mixed=True).eval()
+    assert isinstance(model, PeftMixedModel)
+    model.add_adapter("second", second)
+    alone = logits(model, "bert")
+    model.set_adapter(["first", "second"])
+    both = logits(model, "bert")
+    assert not torch.equal(alone, both)
+    with model.disable_adapter():
+        assert_close(logits(model, "bert"), expected)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert_close(logits(merged, "bert"), both, **TOL[torch.float32])
+    model.delete_adapter("second")
+    model.set_adapter("first")
+    assert_close(logits(model, "bert"), alone)
+    assert_close(logits(model.unload(), "bert"), expected)

@@ -1,0 +1,288 @@
+"""An adapter on disk: what is in it, and every way back."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from peft_ird import Calibration, IRDConfig
+from tests.conftest import make_batch, make_model, make_samples, task_type
+
+AUTO = {
+    "SEQ_CLS": (
+        AutoPeftModelForSequenceClassification,
+        AutoModelForSequenceClassification,
+    ),
+    "CAUSAL_LM": (AutoPeftModelForCausalLM, AutoModelForCausalLM),
+}
+
+
+def config(name: str, **options) -> IRDConfig:
+    options = {"density": 0.02, "method": "random", "init_weights": False, **options}
+    return IRDConfig(task_type=task_type(name), **options)
+
+
+def logits(model: nn.Module, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**make_batch(name)).logits
+
+
+@pytest.fixture
+def trained(name, tmp_path):
+    """A base model on disk, an adapter of it beside it, and its predictions."""
+    base = make_model(name)
+    base.save_pretrained(tmp_path / "base")
+    base = AUTO[task_type(name)][1].from_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    model = get_peft_model(base, config(name))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, logits(model, name)
+
+
+def test_the_file_holds_indices_values_and_the_head(trained):
+    folder, _ = trained
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    pattern = PeftConfig.from_pretrained(folder / "adapter").nnz_pattern
+    kinds = {k.split(".irdelta_")[-1].split(".")[0] for k in tensors if "irdelta" in k}
+    assert kinds == {"indices", "values"}
+    rest = {k for k in tensors if "irdelta" not in k}
+    assert all("classifier" in k for k in rest)
+    for module, counts in pattern.items():
+        for parameter, count in counts.items():
+            key = f"base_model.model.{module}.irdelta_{{}}.{parameter}"
+            indices, values = (tensors[key.format(k)] for k in ("indices", "values"))
+            assert indices.dtype == torch.int32
+            assert values.dtype == torch.float32
+            assert len(indices) == len(values) == count
+    entries = sum(k for counts in pattern.values() for k in counts.values())
+    assert sum(t.numel() for k, t in tensors.items() if k not in rest) == 2 * entries
+
+
+def test_the_adapter_comes_back_in_every_way(name, trained):
+    folder, expected = trained
+    auto_peft, auto = AUTO[task_type(name)]
+    adapter = folder / "adapter"
+    base = auto.from_pretrained(folder / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, adapter), name), expected)
+    assert torch.equal(logits(auto_peft.from_pretrained(adapter), name), expected)
+    native = auto.from_pretrained(folder / "base")
+    info = native.load_adapter(str(adapter))
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+    assert torch.equal(logits(native, name), expected)
+    direct = auto.from_pretrained(str(adapter))
+    assert torch.equal(logits(direct, name), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_native_adapters_of_transformers(name):
+    model = make_model(name)
+    base = logits(model, name)
+    torch.manual_seed(1)
+    model.add_adapter(config(name), "one")
+    one = logits(model, name)
+    assert not torch.equal(one, base)
+    model.add_adapter(config(name, seed=2), "two")
+    two = logits(model, name)
+    model.set_adapter("one")
+    assert torch.equal(logits(model, name), one)
+    model.disable_adapters()
+    assert torch.equal(logits(model, name), base)
+    model.enable_adapters()
+    assert torch.equal(logits(model, name), one)
+    model.set_adapter("two")
+    model.delete_adapter("one")
+    assert torch.equal(logits(model, name), two)
+    state = model.get_adapter_state_dict("two")
+    assert state
+    assert all("irdelta" in key for key in state)
+
+
+def test_native_selection_on_data(name, tmp_path):
+    model = make_model(name)
+    options = {"method": "ird", "num_samples": 8, "calibration": make_samples(name)}
+    model.add_adapter(config(name, modules_to_save=None, **options), "one")
+    expected = logits(model, name)
+    model.save_pretrained(tmp_path)
+    loaded = make_model(name)
+    loaded.load_adapter(str(tmp_path), "one")
+    assert torch.equal(logits(loaded, name), expected)
+
+
+SCRIPT = """
+import sys, torch, peft_ird
+from peft import {auto}
+adapter, batch, expected = sys.argv[1:]
+model = {auto}.from_pretrained(adapter).eval()
+with torch.no_grad():
+    found = model(**torch.load(batch)).logits
+sys.exit(0 if torch.equal(found, torch.load(expected)) else "other predictions")
+"""
+
+
+def run(script: str, *args: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_fresh_process_predicts_the_same(name, trained):
+    folder, _ = trained
+    auto = AUTO[task_type(name)][0].__name__
+    torch.save(make_batch(name), folder / "batch.pt")
+    expected = AUTO[task_type(name)][0].from_pretrained(folder / "adapter")
+    torch.save(logits(expected, name), folder / "logits.pt")
+    threads = "import os; os.environ['OMP_NUM_THREADS'] = '1'\n"
+    done = run(
+        threads + SCRIPT.format(auto=auto),
+        folder / "adapter", folder / "batch.pt", folder / "logits.pt",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_model_card_says_what_to_import(trained):
+    folder, _ = trained
+    card = (folder / "adapter" / "README.md").read_text()
+    assert card.count("import peft_ird") == 1
+
+
+def test_saving_again_keeps_one_hint(name, tmp_path):
+    model = get_peft_model(make_model(name), config(name))
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text().count("import peft_ird") == 1
+
+
+def test_the_embedding_is_not_saved_along(tmp_path):
+    model = get_peft_model(make_model("llama-untied"), config("llama-untied"))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("irdelta" in key for key in tensors)
+
+
+def test_pickled_weights_come_back_too(name, tmp_path):
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(name), config(name))
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path)
+    assert torch.equal(logits(loaded, name), logits(model, name))
+
+
+def test_several_adapters_are_saved_and_loaded_by_name(name, tmp_path):
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(name), config(name), "one")
+    model.add_adapter("two", config(name, seed=2))
+    model.set_adapter("two")
+    two = logits(model, name)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"one", "two"}
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path / "one", "one")
+    loaded.load_adapter(tmp_path / "two", "two")
+    loaded.set_adapter("two")
+    assert torch.equal(logits(loaded, name), two)
+
+
+def test_a_loaded_adapter_goes_on_training(name, trained):
+    folder, _ = trained
+    base = AUTO[task_type(name)][1].from_pretrained(folder / "base")
+    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    model(**make_batch(name)).loss.backward()
+    values = [p for n, p in model.named_parameters() if "irdelta" in n]
+    assert all(p.grad is not None for p in values)
+    frozen = PeftModel.from_pretrained(
+        AUTO[task_type(name)][1].from_pretrained(folder / "base"), folder / "adapter"
+    )
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@settings(
+    deadline=None,
+    max_examples=15,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_save_then_load_is_the_identity(data, tmp_path):
+    """Budgets from one entry to all of it, of any kind of parameter."""
+    size = sum(p.numel() for p in make_model("bert").bert.parameters())
+    budget = data.draw(
+        st.one_of(st.integers(1, 40), st.integers(1, size), st.just(size))
+    )
+    seed = data.draw(st.integers(0, 1000))
+    settings_ = config("bert", density=None, budget=budget, seed=seed)
+    torch.manual_seed(seed)
+    model = get_peft_model(make_model("bert"), settings_)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("bert"), tmp_path)
+    mine, theirs = model.state_dict(), loaded.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    entries = sum(v.numel() for k, v in theirs.items() if "irdelta_values" in k)
+    assert entries == budget
+    before = {k: v.clone() for k, v in theirs.items()}
+    loaded.merge_adapter()
+    loaded.unmerge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in loaded.state_dict().items())
+
+
+# ---- the configuration ----
+
+
+def test_the_configuration_is_json_without_its_data(tmp_path):
+    data = Calibration(make_samples("bert"))
+    schedule = [(8, 0.1), (4, 0.02)]
+    settings = config("bert", method="ird", schedule=schedule, calibration=data)
+    get_peft_model(make_model("bert"), settings)
+    assert settings.calibration is data
+    settings.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "calibration" not in written
+    assert "selection" not in written
+    assert written["peft_type"] == "IRD"
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, IRDConfig)
+    assert loaded.schedule == schedule
+    assert loaded.to_dict() == {**settings.to_dict(), "schedule": schedule}
+
+
+def test_copies_share_the_data_and_pickles_leave_it_out():
+    import pickle  # noqa: PLC0415
+
+    data = Calibration(make_samples("bert"))
+    settings = config("bert", calibration=data)
+    assert copy.deepcopy(settings).calibration is data
+    assert copy.copy(settings).calibration is data
+    assert pickle.loads(pickle.dumps(settings)).calibration is None
+    assert settings.to_dict() == copy.deepcopy(settings).to_dict()
+
+
+def test_every_option_has_a_help_text():
+    import dataclasses  # noqa: PLC0415
+
+    own = set(IRDConfig.__annotations__)
+    fields = [f for f in dataclasses.fields(IRDConfig) if f.name in own]
+    assert fields
+    assert all(len(f.metadata.get("help", "")) > 20 for f in fields)

@@ -1,0 +1,529 @@
+"""Selection against a brute-force reference in float64."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset
+
+from peft_ird import Calibration, IRDConfig, Selection, select_parameters
+from peft_ird.selection.fisher import FisherEstimator, borrowed
+from peft_ird.selection.topk import shares
+from peft_ird.targets import find_candidates
+from tests import oracles
+from tests.conftest import as_batch, make_model, make_samples, task_type
+from tests.oracles import TOL
+
+HEADS = ("classifier", "score", "qa_outputs")
+
+
+def candidate_names(model: nn.Module) -> list[str]:
+    """Every parameter outside the head; tied ones once."""
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name.rpartition(".")[0].split(".")[0] not in HEADS
+    ]
+
+
+def flat(selection: Selection, model: nn.Module) -> list[int]:
+    """Positions in the concatenation of all candidates."""
+    positions, offset = [], 0
+    parameters = dict(model.named_parameters())
+    for name in candidate_names(model):
+        module, _, parameter = name.rpartition(".")
+        chosen = selection.indices.get(module, {}).get(parameter, torch.empty(0))
+        positions += [offset + int(i) for i in chosen]
+        offset += parameters[name].numel()
+    return positions
+
+
+def problem(name: str, count: int = 12):
+    model = make_model(name).double()
+    samples = make_samples(name, count)
+    batches = [as_batch(sample) for sample in samples]
+    if name == "bert-regression":
+        batches = [{**b, "labels": b["labels"].double()} for b in batches]
+    gradients = oracles.sample_gradients(model, batches, candidate_names(model))
+    return model, Calibration(batches), gradients
+
+
+def config(name: str, **options) -> IRDConfig:
+    return IRDConfig(task_type=task_type(name), **options)
+
+
+def test_fisher_and_scores_equal_the_one_sample_oracle(any_name):
+    model, calibration, gradients = problem(any_name)
+    pool = find_candidates(model, config(any_name, density=0.1))
+    assert [".".join(pair) for pair in pool.names] == candidate_names(model)
+    samples = tuple(range(12))
+    entries = torch.arange(0, len(pool), 3)
+    with borrowed(model, pool.parameters):
+        estimator = FisherEstimator(model, pool, calibration)
+        fisher = estimator.fisher(samples)
+        over_all = estimator.sample_scores(samples, None)
+        over_some = estimator.sample_scores(samples, entries)
+        gradient = estimator.mean_gradient(samples)
+    squares = gradients.square()
+    assert_close(fisher, squares.mean(0), **TOL[torch.float64])
+    assert_close(over_all, squares.sum(1), **TOL[torch.float64])
+    assert_close(over_some, squares[:, entries].sum(1), **TOL[torch.float64])
+    assert_close(gradient, gradients.mean(0), **TOL[torch.float64])
+
+
+def test_fisher_in_float32_is_close_to_float64(name):
+    _, _, gradients = problem(name)
+    model = make_model(name)
+    pool = find_candidates(model, config(name, density=0.1))
+    calibration = Calibration([as_batch(s) for s in make_samples(name)])
+    with borrowed(model, pool.parameters):
+        fisher = FisherEstimator(model, pool, calibration).fisher(tuple(range(12)))
+    assert fisher.dtype == torch.float32
+    expected = gradients.square().mean(0)
+    assert_close(
+        fisher.double(), expected, rtol=1e-3, atol=1e-5 * expected.max().item()
+    )
+
+
+CELLS = [(12, 0.2), (6, 0.2), (6, 0.05), (2, 0.05), (1, 0.01)]
+
+
+@pytest.mark.parametrize("sample_score", ["selected", "all"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("method", ["ird", "reverse_ird"])
+def test_range_decreasing_equals_the_brute_force(name, method, nested, sample_score):
+    model, calibration, gradients = problem(name)
+    selection = select_parameters(
+        model,
+        config(
+            name, density=0.01, method=method, num_samples=12, schedule=CELLS,
+            nested=nested, sample_score=sample_score,
+        ),
+        calibration,
+    )  # fmt: skip
+    size = gradients.shape[1]
+    samples, entries = oracles.range_decreasing(
+        gradients,
+        list(range(12)),
+        [(n, max(1, round(d * size))) for n, d in CELLS],
+        reverse=method == "reverse_ird",
+        nested=nested,
+        over_all=sample_score == "all",
+    )
+    assert list(selection.samples) == samples
+    assert flat(selection, model) == entries
+    assert list(selection.stages) == CELLS
+    assert len(selection) == len(entries) == max(1, round(0.01 * size))
+
+
+def test_halving_walks_the_cells_that_it_names(name):
+    model, calibration, gradients = problem(name)
+    options = {"density": 0.03, "num_samples": 12, "initial_density": 0.1}
+    selection = select_parameters(model, config(name, **options), calibration)
+    cells = [(12, 0.1), (6, 0.1), (6, 0.05), (3, 0.05), (3, 0.03)]
+    assert list(selection.stages) == cells
+    size = gradients.shape[1]
+    _, entries = oracles.range_decreasing(
+        gradients, list(range(12)), [(n, round(d * size)) for n, d in cells]
+    )
+    assert flat(selection, model) == entries
+
+
+def test_fish_on_all_samples_is_the_top_k_of_the_fisher_information(any_name):
+    model, calibration, gradients = problem(any_name)
+    options = {"budget": 77, "method": "fish", "num_samples": 12}
+    selection = select_parameters(model, config(any_name, **options), calibration)
+    fisher = gradients.square().mean(0).tolist()
+    assert flat(selection, model) == oracles.best(fisher, 77)
+    assert selection.samples == tuple(range(12))
+
+
+def test_the_scores_kept_are_the_fisher_information_of_the_entries(name):
+    model, calibration, gradients = problem(name)
+    options = {"budget": 20, "method": "fish", "num_samples": 12}
+    selection = select_parameters(model, config(name, **options), calibration)
+    kept = torch.cat([s for tree in selection.scores.values() for s in tree.values()])
+    expected = gradients.square().mean(0)[flat(selection, model)]
+    assert_close(kept, expected, **TOL[torch.float64])
+
+
+def test_gradient_ranks_by_the_absolute_mean_gradient(name):
+    model, calibration, gradients = problem(name)
+    options = {"budget": 33, "method": "gradient", "num_samples": 12}
+    selection = select_parameters(model, config(name, **options), calibration)
+    assert flat(selection, model) == oracles.best(gradients.mean(0).abs().tolist(), 33)
+
+
+def weights(model: nn.Module, names: list[str]) -> torch.Tensor:
+    parameters = dict(model.named_parameters())
+    return torch.cat([parameters[name].detach().flatten() for name in names])
+
+
+def test_magnitude_takes_the_largest_weights(name):
+    model = make_model(name)
+    options = {"density": 0.02, "method": "magnitude"}
+    selection = select_parameters(model, config(name, **options))
+    magnitudes = weights(model, candidate_names(model)).abs().tolist()
+    assert flat(selection, model) == oracles.best(magnitudes, len(selection))
+
+
+def test_bias_takes_every_bias_or_the_largest_of_them(name):
+    model = make_model(name)
+    names = candidate_names(model)
+    sizes = [dict(model.named_parameters())[n].numel() for n in names]
+    is_bias = torch.cat(
+        [
+            torch.full((s,), n.endswith("bias"))
+            for n, s in zip(names, sizes, strict=True)
+        ]
+    )
+    if not is_bias.any():
+        with pytest.raises(ValueError, match="has 0 of"):
+            select_parameters(model, config(name, method="bias"))
+        return
+    everything = select_parameters(model, config(name, method="bias"))
+    assert flat(everything, model) == is_bias.nonzero().flatten().tolist()
+    some = select_parameters(model, config(name, method="bias", budget=5))
+    magnitudes = torch.where(is_bias, weights(model, names).abs(), -1.0).tolist()
+    assert flat(some, model) == oracles.best(magnitudes, 5)
+
+
+def test_random_is_uniform_and_depends_on_the_seed_alone():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    counts = torch.zeros(18)
+    for seed in range(600):
+        selection = select_parameters(
+            model, IRDConfig(budget=6, method="random", seed=seed)
+        )
+        counts[flat(selection, model)] += 1
+    assert counts.sum() == 3600
+    # 200 expected for each entry, with standard deviation 11.5
+    assert counts.min() > 145
+    assert counts.max() < 255
+
+
+@pytest.mark.parametrize(
+    "method", ["ird", "reverse_ird", "fish", "gradient", "random", "magnitude"]
+)
+def test_per_module_budgets_are_shares_by_size(method):
+    model = make_model("bert")
+    options = {"density": 0.05, "method": method, "scope": "per_module"}
+    selection = select_parameters(
+        model, config("bert", num_samples=4, **options), make_samples("bert")
+    )
+    sizes = {}
+    for name in candidate_names(model):
+        module = name.rpartition(".")[0]
+        sizes[module] = sizes.get(module, 0) + model.get_parameter(name).numel()
+    expected = shares(list(sizes.values()), len(selection))
+    found = [sum(selection.counts.get(m, {}).values()) for m in sizes]
+    if method == "reverse_ird":  # each step shares out what the one before left
+        assert all(abs(a - b) <= 3 for a, b in zip(found, expected, strict=True))
+    else:
+        assert found == expected
+    assert sum(found) == max(1, round(0.05 * sum(sizes.values())))
+
+
+def test_the_first_samples_are_drawn_by_the_seed():
+    model = make_model("bert")
+    data = make_samples("bert", 30)
+
+    def kept(seed):
+        options = {"density": 0.01, "method": "fish", "num_samples": 7, "seed": seed}
+        return select_parameters(model, config("bert", **options), data).samples
+
+    assert kept(0) == kept(0)
+    assert len(set(kept(0))) == 7
+    assert list(kept(0)) == sorted(kept(0))
+    assert len({kept(seed) for seed in range(5)}) > 1
+
+
+def test_the_same_seed_gives_the_same_indices_whatever_the_global_state(name):
+    model, calibration, _ = problem(name)
+    options = {"density": 0.01, "num_samples": 8, "seed": 3}
+    torch.manual_seed(1)
+    one = select_parameters(model, config(name, **options), calibration)
+    torch.manual_seed(2)
+    model.train()
+    two = select_parameters(model, config(name, **options), calibration)
+    assert flat(one, model) == flat(two, model)
+    assert one.samples == two.samples
+
+
+@pytest.mark.parametrize("method", ["ird", "gradient", "random"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_comes_back_as_it_was(method, fails):
+    model = make_model("bert").train()
+    model.bert.encoder.layer[0].eval()
+    frozen = model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    model.classifier.weight.grad = torch.ones_like(model.classifier.weight)
+    state = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    settings = model.config.to_dict()
+    data = make_samples("bert")
+    if fails:
+        data[5] = {**data[5], "labels": 9}
+    torch.manual_seed(5)
+    random.seed(5)
+    states = torch.get_rng_state(), random.getstate()
+    options = {"density": 0.1, "num_samples": 12, "method": method}
+    try:
+        select_parameters(model, config("bert", **options), data)
+    except ValueError:
+        assert fails
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not frozen.requires_grad
+    assert model.bert.pooler.dense.weight.grad is None
+    assert torch.equal(
+        model.classifier.weight.grad, torch.ones_like(model.classifier.weight)
+    )
+    assert model.config.to_dict() == settings
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+# ---- the data ----
+
+
+class Pairs(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def collate(samples):
+    width = max(len(s["input_ids"]) for s in samples)
+    rows = {
+        name: torch.tensor([s[name] + [0] * (width - len(s[name])) for s in samples])
+        for name in ("input_ids", "attention_mask")
+    }
+    return {**rows, "labels": torch.tensor([s["labels"] for s in samples])}
+
+
+def forms(samples):
+    """The same samples in every form that is accepted."""
+    datasets = pytest.importorskip("datasets")
+    padded = collate(samples)
+    raw = [{**s, "sentence": "some text", "idx": i} for i, s in enumerate(samples)]
+    renamed = [{k.replace("labels", "label"): v for k, v in s.items()} for s in samples]
+    return {
+        "list of ragged samples": samples,
+        "with a collate_fn": Calibration(samples, collate),
+        "with columns that the model does not take": Calibration(raw, collate),
+        "label instead of labels": renamed,
+        "list of batches of one": [as_batch(s) for s in samples],
+        "torch dataset": Pairs(samples),
+        "datasets.Dataset": datasets.Dataset.from_list(raw),
+        "datasets.Dataset of tensors": datasets.Dataset.from_list(samples).with_format(
+            "torch"
+        ),
+        "dataloader": DataLoader(samples, batch_size=5, collate_fn=collate),
+        "dictionary of tensors": padded,
+        "dictionary of lists": {k: v.tolist() for k, v in padded.items()},
+        "generator": (sample for sample in samples),
+    }
+
+
+def test_every_form_of_data_gives_the_same_selection():
+    model = make_model("bert").double()
+    samples = make_samples("bert", 8)
+    found = {}
+    for form, data in forms(samples).items():
+        options = {"budget": 40, "num_samples": 8, "initial_density": 0.1}
+        selection = select_parameters(model, config("bert", **options), data)
+        found[form] = (flat(selection, model), selection.samples)
+    expected = found["list of ragged samples"]
+    assert all(each == expected for each in found.values()), found
+
+
+def test_a_shuffled_dataloader_is_read_once():
+    samples = make_samples("bert", 8)
+    loader = DataLoader(samples, batch_size=3, collate_fn=collate, shuffle=True)
+    calibration = Calibration(loader)
+    model = make_model("bert")
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one = calibration.batch(0, model)
+    two = calibration.batch(0, model)
+    assert torch.equal(one["input_ids"], two["input_ids"])
+    options = {"budget": 9, "num_samples": 8, "method": "fish"}
+    select_parameters(model, config("bert", **options), Calibration(loader))
+    assert len(calibration) == 8
+    assert not torch.equal(torch.get_rng_state(), state)  # by the first reading above
+
+
+def test_a_custom_loss_on_tuples():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
+
+    def loss(model, batch):
+        inputs, target = batch
+        return nn.functional.cross_entropy(model(inputs), target)
+
+    rows = [(x[i], y[i]) for i in range(6)]
+    batches = [(x[i : i + 1], y[i : i + 1]) for i in range(6)]
+    gradients = oracles.sample_gradients(model, batches, candidate_names(model), loss)
+    for data in (rows, DataLoader(rows, batch_size=4)):
+        selection = select_parameters(
+            model,
+            IRDConfig(budget=5, method="fish", num_samples=6),
+            Calibration(data, loss=loss),
+        )
+        fisher = gradients.square().mean(0).tolist()
+        assert flat(selection, model) == oracles.best(fisher, 5)
+
+
+# ---- labels from the model ----
+
+
+SAMPLED = ["bert", "bert-regression", "bert-tokens", "bert-questions", "gpt2", "t5"]
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_sampled_labels_depend_on_the_seed_alone(kind):
+    model = make_model(kind)
+    data = make_samples(kind, 6)
+    pool = find_candidates(model, config(kind, density=0.1))
+
+    def fisher(fisher_type, samples=(0, 1, 2, 3, 4, 5), seed=0):
+        with borrowed(model, pool.parameters):
+            return FisherEstimator(
+                model, pool, Calibration(data), fisher_type, seed
+            ).fisher(samples)
+
+    one = fisher("sampled")
+    assert torch.equal(one, fisher("sampled"))
+    assert not torch.equal(one, fisher("empirical"))
+    seeds = [fisher("sampled", seed=seed) for seed in range(1, 4)]
+    assert not all(torch.equal(one, other) for other in seeds)
+    halves = fisher("sampled", (0, 2, 4)) + fisher("sampled", (1, 3, 5))
+    assert_close(halves / 2, one, **TOL[torch.float32])
+
+
+def test_sampled_labels_of_a_classifier_follow_its_predictions():
+    model = make_model("bert").double()
+    batch = as_batch(make_samples("bert", 1)[0])
+    with torch.no_grad():
+        model.classifier.weight.mul_(40)
+        chance = model(**batch).logits.softmax(-1)[0, 1].item()
+    from peft_ird.selection.sampling import with_sampled_labels  # noqa: PLC0415
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        with_sampled_labels(batch, model, generator)["labels"].item()
+        for _ in range(800)
+    ]
+    deviation = (chance * (1 - chance) / 800) ** 0.5
+    assert abs(sum(drawn) / 800 - chance) < 4 * deviation + 1e-9
+
+
+def test_the_sampled_fisher_converges_to_the_true_one():
+    """For logistic regression the true diagonal is x_j^2 p (1 - p), summed over x."""
+    torch.manual_seed(0)
+    model = make_model("bert-regression").double()
+    pool = find_candidates(model, config("bert-regression", density=0.1))
+    batch = as_batch(make_samples("bert-regression", 1)[0])
+    batch["labels"] = batch["labels"].double()
+    # With the target drawn around the prediction, E (2 e)^2 = 2, so F = 2 (df/dw)^2.
+    copies = Calibration([batch] * 1500)
+    estimator = FisherEstimator(model, pool, copies, "sampled")
+    with borrowed(model, pool.parameters):
+        out = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.sum()
+        slopes = torch.autograd.grad(out, pool.parameters, allow_unused=True)
+        expected = torch.cat([2 * g.flatten().square() for g in slopes])
+        found = estimator.fisher(tuple(range(1500)))
+    big = expected > expected.max() * 1e-3
+    # 1500 draws of chi-square: relative standard deviation (2 / 1500) ** 0.5 = 0.037
+    assert ((found / expected)[big] - 1).abs().max() < 0.15
+
+
+# ---- the result ----
+
+
+def example_selection() -> tuple[nn.Module, Selection]:
+    model = make_model("bert")
+    options = {"density": 0.02, "num_samples": 8}
+    return model, select_parameters(
+        model, config("bert", **options), make_samples("bert")
+    )
+
+
+def test_a_selection_is_saved_and_loaded_whole(tmp_path):
+    _, selection = example_selection()
+    selection.save(tmp_path / "deep" / "selection.safetensors")
+    loaded = Selection.load(tmp_path / "deep" / "selection.safetensors")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["selection.safetensors"]
+    for kind in ("indices", "scores"):
+        mine, theirs = getattr(selection, kind), getattr(loaded, kind)
+        assert mine.keys() == theirs.keys()
+        for module in mine:
+            for name in mine[module]:
+                assert torch.equal(mine[module][name], theirs[module][name])
+                assert mine[module][name].dtype == theirs[module][name].dtype
+    assert torch.equal(selection.sample_scores, loaded.sample_scores)
+    for fact in ("samples", "stages", "seconds", "method", "seed", "num_candidates"):
+        assert getattr(selection, fact) == getattr(loaded, fact)
+    assert loaded.density == selection.density
+    assert {
+        m: {n: tuple(s) for n, s in t.items()} for m, t in loaded.shapes.items()
+    } == {m: {n: tuple(s) for n, s in t.items()} for m, t in selection.shapes.items()}
+
+
+def test_a_selection_is_frozen_sorted_and_small():
+    model, selection = example_selection()
+    with pytest.raises(AttributeError):
+        selection.seed = 4
+    for parameters in selection.indices.values():
+        for indices in parameters.values():
+            assert indices.dtype == torch.int32
+            assert bool((indices[1:] > indices[:-1]).all())
+            assert indices.numel() > 0
+    assert len(selection) == round(0.02 * selection.num_candidates)
+    assert len(selection.seconds) == len(selection.stages)
+    assert len(selection.sample_scores) == len(selection.samples)
+    assert flat(selection, model) == sorted(set(flat(selection, model)))
+
+
+def test_another_kind_of_file_is_no_selection(tmp_path):
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="holds no selection"):
+        Selection.load(tmp_path / "x.safetensors")
+
+
+def test_a_truncated_selection_file_is_refused(tmp_path):
+    _, selection = example_selection()
+    path = tmp_path / "selection.safetensors"
+    selection.save(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="cut short"):
+        Selection.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    _, selection = example_selection()
+    path = tmp_path / "selection.safetensors"
+    selection.save(path)
+    before = path.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("peft_ird.sparse.storage.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        selection.save(path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
