@@ -179,10 +179,9 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
                 )
 
     def _check_targets(self) -> None:
-        targets = self.target_modules
-        is_expression = isinstance(targets, str) and targets.lower() != "all-linear"
         for name in ("layers_to_transform", "layers_pattern"):
-            if is_expression and getattr(self, name) is not None:
+            is_given = getattr(self, name) is not None
+            if isinstance(self.target_modules, str) and is_given:
                 raise ValueError(
                     f"`{name}` cannot be used when `target_modules` is a str; write "
                     "the layers into the expression, or pass a list of names."
@@ -268,6 +267,8 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         config: IRDConfig = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
+        if not isinstance(config, cls):  # PEFT returns the type that was saved
+            return config
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         check_adapter_file(folder, config.nnz_pattern, config.shape_pattern)
         return config

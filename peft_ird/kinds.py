@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D as TransposedLinear
+from transformers.pytorch_utils import Conv1D
 
 from peft_ird.layer import Deltas, IRDLayer, is_low_precision, with_parameters
 from peft_ird.sparse.ops import sum_dense
 
-__all__ = ["Affine", "Conv1D", "Embedding", "Linear", "Norm", "wrap"]
+__all__ = ["Affine", "Embedding", "Linear", "Norm", "TransposedLinear", "wrap"]
 
 
 class Affine(IRDLayer):
@@ -38,9 +38,14 @@ class Affine(IRDLayer):
         zeros = {name: torch.zeros_like(parameter) for name, parameter in own}
 
         def output(parameters: Mapping[str, Tensor]) -> Tensor:
-            # The class's own forward: hooks have run on the base layer already.
-            clone = with_parameters(base, parameters)
-            result: Tensor = type(base).forward(clone, *args, **kwargs)
+            result: Tensor
+            if torch.compiler.is_compiling():
+                result = torch.func.functional_call(
+                    base, dict(parameters), args, kwargs
+                )
+            else:  # the class's own forward: hooks have run on the base layer already
+                clone = with_parameters(base, parameters)
+                result = type(base).forward(clone, *args, **kwargs)
             return result
 
         return output({**zeros, **dense}) - output(zeros)
@@ -81,8 +86,8 @@ class Linear(Affine):
         return F.linear(x.to(weight.dtype), weight, bias)
 
 
-class Conv1D(Linear):
-    """The transposed linear layer of GPT-2: weight ``[i, o]``, bias ``[o]``."""
+class TransposedLinear(Linear):
+    """``Conv1D``, the linear layer of GPT-2: weight ``[i, o]``, bias ``[o]``."""
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
@@ -104,8 +109,8 @@ def wrap(module: nn.Module) -> IRDLayer:
         base = base.base_layer
     if isinstance(base, nn.Linear):
         return Linear(module)
-    if isinstance(base, TransposedLinear):
-        return Conv1D(module)
+    if isinstance(base, Conv1D):
+        return TransposedLinear(module)
     if isinstance(base, nn.Embedding):
         return Embedding(module)
     if isinstance(base, nn.LayerNorm) or type(base).__name__.endswith("RMSNorm"):

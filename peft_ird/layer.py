@@ -160,7 +160,11 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             name: add_deltas(self._base_parameter(name), found)
             for name, found in deltas.items()
         }
-        return with_parameters(self.base_layer, parameters)(*args, **kwargs)
+        base = self.base_layer
+        if torch.compiler.is_compiling() and not isinstance(base, BaseTunerLayer):
+            # A shallow copy breaks the graph; a compiled call swaps safely.
+            return torch.func.functional_call(base, parameters, args, kwargs)
+        return with_parameters(base, parameters)(*args, **kwargs)
 
     def _deltas_in_force(self) -> dict[str, list[SparseDelta]]:
         deltas = self._own_deltas()
@@ -314,5 +318,7 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.M
         inner = with_parameters(module.base_layer, parameters)
         clone._modules = {**module._modules, "base_layer": inner}
     else:
+        for name in parameters:  # FSDP keeps views of its flat parameter there
+            clone.__dict__.pop(name, None)
         clone._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
     return clone

@@ -23,8 +23,8 @@ from peft_ird.injection import (
     share_tied,
 )
 from peft_ird.layer import IRDLayer
-from peft_ird.sparse.storage import check_entries, entry_counts
-from peft_ird.targets import resolve_targets, select_parameters
+from peft_ird.sparse.storage import check_entries, entry_counts, plain_name
+from peft_ird.targets import base_model, resolve_targets, select_parameters
 
 __all__ = ["IRDModel"]
 
@@ -72,6 +72,7 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         Raises:
             ValueError: As the class says.
         """
+        model = base_model(model)
         config: IRDConfig = self.peft_config[adapter_name]
         _settle(model, config, state_dict)
         BaseTuner.inject_adapter(
@@ -84,6 +85,7 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
 
     @staticmethod
     def _check_target_module_exists(config: IRDConfig, key: str) -> Any:
+        key = plain_name(key)
         if key in (config.nnz_pattern or ()):
             return True
         if config.target_modules is None:
@@ -105,8 +107,9 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         *_: Any,
         current_key: str,
     ) -> None:
-        if current_key in (config.nnz_pattern or ()):
-            install(self.model, config, adapter_name, target, current_key)
+        name = plain_name(current_key)
+        if name in (config.nnz_pattern or ()):
+            install(base_model(self), config, adapter_name, target, name)
 
     def _replace_module(
         self, _parent: nn.Module, _name: str, new_module: nn.Module, child: nn.Module
@@ -137,11 +140,16 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         *args: Any,
         **kw: Any,
     ) -> dict[str, Tensor]:
-        config.nnz_pattern = adapter_counts(model, adapter_name)
-        config.shape_pattern = parameter_shapes(model, config.nnz_pattern)
         state_dict: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, *args, **kw
         )
+        # The config may have served another model since. Under FSDP only the state dict
+        # has whole tensors, so shapes are read anew only where they must be.
+        named = {cls._remove_adapter_name_from_key(k, adapter_name): v
+                 for k, v in state_dict.items()}  # fmt: skip
+        config.nnz_pattern = entry_counts(named)
+        if not _same_names(config.nnz_pattern, config.shape_pattern):
+            config.shape_pattern = parameter_shapes(model, config.nnz_pattern)
         return state_dict
 
     @classmethod
@@ -152,7 +160,7 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        counts = adapter_counts(model, adapter_name)
+        counts = adapter_counts(base_model(model), adapter_name)
         saved = entry_counts(state_dict)
         expected = counts if config.awaits_weights or not saved else saved
         if saved:
@@ -178,6 +186,7 @@ def _settle(
         shapes = parameter_shapes(model, counts)
         _check_shapes(shapes, config.shape_pattern or {})
     elif config.selection is None and not resolve_targets(model, config):
+        config.nnz_pattern = config.shape_pattern = None
         return  # PEFT knows best what to say
     else:
         selection = config.selection or select_parameters(model, config)
@@ -199,6 +208,13 @@ def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
             f"`selection` has {size} entries, but `density` or `budget` asks for "
             f"{wanted}. Leave them out to use the selection as it is."
         )
+
+
+def _same_names(counts: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> bool:
+    def names(tree: Mapping[str, Any]) -> set[tuple[str, str]]:
+        return {(module, name) for module, named in tree.items() for name in named}
+
+    return shapes is not None and names(counts) == names(shapes)
 
 
 def _check_shapes(shapes: Shapes, expected: Mapping[str, Mapping[str, Any]]) -> None:

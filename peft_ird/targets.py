@@ -5,7 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_target_module_exists,
+)
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -16,6 +21,7 @@ from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.ird import select
 from peft_ird.selection.pool import Pool
 from peft_ird.selection.selection import Selection
+from peft_ird.sparse.storage import plain_name
 
 __all__ = [
     "base_model",
@@ -117,7 +123,7 @@ def resolve_targets(model: nn.Module, config: IRDConfig) -> list[str]:
     """
     probe = config.__copy__()
     probe.modules_to_save = [
-        *(config.modules_to_save or ()), *_HEADS.get(str(config.task_type), ())
+        *(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())
     ]  # fmt: skip
     include_all_linear_layers(probe, model)
     named = [(name, m) for name, m in base_modules(model) if name]
@@ -139,8 +145,14 @@ def _in_layers(names: list[str], config: IRDConfig) -> list[str]:
 
 
 def base_model(model: Any) -> nn.Module:
-    """Return the model inside a ``PeftModel``, or the model itself."""
-    inside: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    """Return the model inside the wrappers of PEFT and the compiler, if any."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if isinstance(model, PeftMixedModel):
+        model = model.base_model
+    if isinstance(model, BaseTuner):
+        model = model.model
+    inside: nn.Module = getattr(model, "_orig_mod", model)
     return inside
 
 
@@ -163,7 +175,7 @@ def base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mod
         seen.add(id(module))
         yield name, module
         for child_name, child in module.named_children():
-            yield from visit(child, f"{name}.{child_name}" if name else child_name)
+            yield from visit(child, plain_name(f"{name}.{child_name}").lstrip("."))
 
     return visit(model, name)
 

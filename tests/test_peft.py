@@ -9,6 +9,7 @@ from peft import (
     LoraConfig,
     PeftMixedModel,
     PeftModel,
+    TaskType,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -20,7 +21,7 @@ from peft.utils import PeftType
 from torch import nn
 from torch.testing import assert_close
 
-from peft_ird import IRDConfig, IRDModel
+from peft_ird import IRDConfig, IRDModel, select_parameters
 from peft_ird.layer import IRDLayer
 from tests.conftest import make_batch, make_model, make_samples, task_type
 from tests.oracles import TOL
@@ -125,6 +126,11 @@ def test_the_whole_surface_of_targets():
 def test_the_head_is_trained_whole_and_is_no_candidate():
     model = adapted("bert", density=1.0)
     assert not any("classifier" in n for n in model.peft_config["default"].nnz_pattern)
+    for task in ("SEQ_CLS", TaskType.SEQ_CLS):
+        settings = IRDConfig(task_type=task, density=1.0, method="random")
+        assert (
+            "classifier" not in select_parameters(make_model("bert"), settings).counts
+        )
     head = model.base_model.model.classifier.modules_to_save["default"]
     assert head.weight.requires_grad
 
@@ -206,6 +212,13 @@ def test_both_adapters_active_add_up(name):
     assert not torch.equal(logits(model, name), both)
 
 
+def test_all_linear_finds_layers_that_are_wrapped_already(name):
+    model = adapted(name, target_modules="all-linear", density=0.5)
+    model.add_adapter("second", config(name, target_modules="all-linear", density=0.5))
+    patterns = [c.nnz_pattern for c in model.peft_config.values()]
+    assert patterns[0] == patterns[1]
+
+
 def test_a_config_can_be_used_again():
     settings = config("bert", density=0.05)
     one = get_peft_model(make_model("bert"), settings).eval()
@@ -217,8 +230,6 @@ def test_a_config_can_be_used_again():
 
 
 def test_a_selection_can_be_made_first_and_used_later(name):
-    from peft_ird import select_parameters  # noqa: PLC0415
-
     data = make_samples(name)
     options = {"density": 0.01, "num_samples": 8, "method": "ird"}
     selection = select_parameters(make_model(name), config(name, **options), data)
@@ -493,6 +504,50 @@ def test_autocast_runs_and_learns(name):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_compiled_models_have_no_graph_break(name):
+    torch.compiler.reset()
+    model = adapted(name, density=0.2)
+    batch = {k: v for k, v in make_batch(name).items() if k != "labels"}
+    expected = model(**batch).logits
+    values = [p for n, p in model.named_parameters() if "irdelta" in n]
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in values]
+    model.zero_grad()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        output = compiled(**batch).logits
+    output.square().sum().backward()
+    assert_close(output, expected, **TOL[torch.float32])
+    for p, gradient in zip(values, gradients, strict=True):
+        assert_close(p.grad, gradient, **TOL[torch.float32])
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_saving_from_a_compiled_model(name):
+    torch.compiler.reset()
+    model = adapted(name)
+    plain = get_peft_model_state_dict(model)
+    compiled = get_peft_model_state_dict(torch.compile(model), unwrap_compiled=True)
+    assert plain.keys() == compiled.keys()
+    injected = inject_adapter_in_model(config(name), torch.compile(make_model(name)))
+    set_peft_model_state_dict(injected, plain)
+
+
+def test_weights_that_shadow_parameters_are_replaced():
+    """As FSDP does: the module finds its weight in its __dict__."""
+    torch.manual_seed(0)
+    settings = IRDConfig(density=0.5, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), settings)
+    x = torch.randn(2, 3)
+    expected = model(x)
+    linear = model.base_model.model[0].base_layer
+    for parameter_name in ("weight", "bias"):
+        tensor = linear._parameters.pop(parameter_name).data
+        linear.__dict__[parameter_name] = tensor
+    assert torch.equal(model(x), expected)
+
+
 # ---- mixed ----
 
 
@@ -511,6 +566,8 @@ def test_lora_and_ird_in_one_mixed_model(lora_first, lora_target):
     assert isinstance(model, PeftMixedModel)
     model.add_adapter("second", second)
     alone = logits(model, "bert")
+    entries = [p.numel() for n, p in model.named_parameters() if "irdelta" in n]
+    assert sum(entries) == 300
     model.set_adapter(["first", "second"])
     both = logits(model, "bert")
     assert not torch.equal(alone, both)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -277,6 +278,11 @@ def test_copies_share_the_data_and_pickles_leave_it_out():
     assert copy.copy(settings).calibration is data
     assert pickle.loads(pickle.dumps(settings)).calibration is None
     assert settings.to_dict() == copy.deepcopy(settings).to_dict()
+
+
+def test_a_folder_of_another_type_gives_that_types_configuration(tmp_path):
+    LoraConfig().save_pretrained(tmp_path)
+    assert isinstance(IRDConfig.from_pretrained(tmp_path), LoraConfig)
 
 
 def test_every_option_has_a_help_text():

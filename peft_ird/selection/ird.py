@@ -187,7 +187,12 @@ def _target(candidates: int, available: int, settings: Settings) -> int:
         k = _count(candidates, settings.density)
     else:
         k = available if settings.budget is None else settings.budget
-    if not 0 < k <= available:
+    if available == 0:
+        raise ValueError(
+            f"method='{settings.method}' finds nothing to choose from: no targeted "
+            "module has a bias. Choose another method or other `target_modules`."
+        )
+    if k > available:
         raise ValueError(
             f"{k} entries are asked for, but method='{settings.method}' has "
             f"{available} of {candidates} candidates to choose from. Change `budget`, "

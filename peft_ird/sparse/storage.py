@@ -28,6 +28,7 @@ INDICES = ".irdelta_indices."
 VALUES = ".irdelta_values."
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod)(?:\.|$)")
 
 Counts = Mapping[str, Mapping[str, int]]
 Shapes = Mapping[str, Mapping[str, "list[int] | torch.Size"]]
@@ -161,9 +162,11 @@ def entry_counts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
 def plain_name(key: str) -> str:
     """Return a module's or tensor's name without what wrapping put into it.
 
-    A wrapped module inside a wrapped module has the outer one's ``base_layer`` in it.
+    A wrapped module inside a wrapped module has the outer one's ``base_layer`` in it;
+    FSDP and the compiler put in parts of their own.
     """
-    return re.sub(r"\.base_layer(?=\.|$)", "", key.removeprefix(_KEY_PREFIX))
+    key = _WRAPPERS.sub("", key).removeprefix(_KEY_PREFIX)
+    return re.sub(r"\.base_layer(?=\.|$)", "", key)
 
 
 def _entry_name(key: str, kind: str) -> str:
