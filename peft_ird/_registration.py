@@ -76,7 +76,10 @@ class _MixedModel(MixedModel):  # type: ignore[misc]
 
 
 def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
-    """Register the tuner; calling it again replaces the classes and nothing else.
+    """Register the tuner; calling it again registers nothing twice.
+
+    Mixed models have no registry: their lists get the tuner, and the class that PEFT
+    builds them from becomes a subclass that hands IRD adapters on.
 
     Args:
         config_cls: The config class, ``IRDConfig``.
@@ -90,7 +93,8 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[IRD] = PREFIX
     mixed = peft.tuners.mixed.model
     mixed.Configs = Union[mixed.Configs, config_cls]  # noqa: UP007 (built at run time)
-    mixed.Layers = (*mixed.Layers, layer_cls)
+    if layer_cls not in mixed.Layers:
+        mixed.Layers = (*mixed.Layers, layer_cls)
     if first:
         mixed.PREFIXES.append(PREFIX)
         mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, IRD)

@@ -167,7 +167,8 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     @property
     def awaits_weights(self) -> bool:
         """Whether entries come from a file to be loaded, not from a new selection."""
-        to_load = self._describes_file or self.inference_mode
+        cannot_select = self.needs_data and self.calibration is None
+        to_load = self._describes_file or cannot_select
         return self.nnz_pattern is not None and self.selection is None and to_load
 
     def _check_choices(self) -> None:
@@ -202,12 +203,12 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
                 "Pass either `density` (share of the candidates) or `budget` (number "
                 f"of entries), got density={self.density} and budget={self.budget}."
             )
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"`density` must lie in (0, 1], got {self.density}.")
-        if self.initial_density is not None and not 0 < self.initial_density <= 1:
-            raise ValueError(
-                f"`initial_density` must lie in (0, 1], got {self.initial_density}."
-            )
+        for name in ("density", "initial_density"):
+            share = getattr(self, name)
+            if share is None:
+                continue
+            if not isinstance(share, float | int) or not 0 < share <= 1:
+                raise ValueError(f"`{name}` must lie in (0, 1], got {share!r}.")
         for name in ("budget", "num_samples"):
             number = getattr(self, name)
             if number is None:

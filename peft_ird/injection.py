@@ -67,11 +67,9 @@ def install(
 ) -> IRDLayer:
     """Give the adapter its entries in one module, which is wrapped if need be."""
     assert config.nnz_pattern is not None
-    layer = target
-    if not isinstance(layer, IRDLayer):
-        layer = wrap(target)
+    layer = target if isinstance(target, IRDLayer) else _wrap_alike(model, target)
+    if layer is not target:
         layer.set_adapter([adapter_name])
-        replace(model, target, layer)
     layer.update_layer(
         adapter_name,
         None if config.selection is None else config.selection.indices[name],
@@ -79,6 +77,17 @@ def install(
         init_weights=config.init_weights,
         inference_mode=config.inference_mode,
     )
+    if layer is not target:
+        replace(model, target, layer)
+    return layer
+
+
+def _wrap_alike(model: nn.Module, target: nn.Module) -> IRDLayer:
+    """Wrap a module; adapters are on or off in it as in the rest of the model."""
+    layer = wrap(target)
+    others = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    first = next(others, None)
+    layer.enable_adapters(first is None or not first.disable_adapters)
     return layer
 
 
@@ -115,7 +124,7 @@ def share_tied(model: nn.Module) -> None:
         for name, parameter_name in others:
             layer = model.get_submodule(name)
             if not isinstance(layer, IRDLayer):
-                layer = wrap(layer)
+                layer = _wrap_alike(model, layer)
                 layer.set_adapter(owner.active_adapters)
                 replace(model, model.get_submodule(name), layer)
             layer.share(parameter_name, owner, owned)

@@ -9,21 +9,33 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_ird.layer import Deltas, IRDLayer, is_low_precision, with_parameters
+from peft_ird.layer import Deltas, IRDLayer
+from peft_ird.merging import is_low_precision
 from peft_ird.sparse.ops import sum_dense
+from peft_ird.substitution import with_parameters
 
-__all__ = ["Affine", "Embedding", "Linear", "Norm", "TransposedLinear", "wrap"]
+__all__ = [
+    "Affine",
+    "CustomLinear",
+    "Embedding",
+    "Linear",
+    "Norm",
+    "TransposedLinear",
+    "wrap",
+]
 
 
 class Affine(IRDLayer):
     """A layer whose output is affine in its parameters, as norms and convolutions.
 
     With low-precision weights most small deltas would be lost in the sum (of deltas of
-    1e-4 a third, in bfloat16); their share of the output is added instead.
+    1e-4 a third, in bfloat16), and offloaded weights are not at hand; there the share
+    that the deltas have in the output is added instead.
     """
 
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
-        if not any(is_low_precision(self._base_parameter(name)) for name in deltas):
+        weights = [self._base_parameter(name) for name in deltas]
+        if not any(is_low_precision(w) or w.is_meta for w in weights):
             return super()._run(deltas, *args, **kwargs)
         output = self.base_layer(*args, **kwargs)
         dense = {name: sum_dense(found, output.dtype) for name, found in deltas.items()}
@@ -83,7 +95,7 @@ class Linear(Affine):
 
     @staticmethod
     def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x.to(weight.dtype), weight, bias)
+        return F.linear(x.to(weight), weight, bias)
 
 
 class TransposedLinear(Linear):
@@ -95,7 +107,22 @@ class TransposedLinear(Linear):
 
     @staticmethod
     def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x.to(weight.dtype), weight.T, bias)
+        return F.linear(x.to(weight), weight.T, bias)
+
+
+class CustomLinear(IRDLayer):
+    """A subclass of ``nn.Linear`` with a forward of its own."""
+
+
+# Kinds that rely on what the base class computes; a subclass may compute otherwise.
+_KINDS: list[tuple[type[nn.Module], type[IRDLayer]]] = [
+    (nn.Linear, Linear),
+    (Conv1D, TransposedLinear),
+    (nn.LayerNorm, Norm),
+    (nn.Conv1d, Affine),
+    (nn.Conv2d, Affine),
+    (nn.Conv3d, Affine),
+]
 
 
 def wrap(module: nn.Module) -> IRDLayer:
@@ -107,14 +134,13 @@ def wrap(module: nn.Module) -> IRDLayer:
     base = module
     while isinstance(base, BaseTunerLayer):
         base = base.base_layer
+    for known, kind in _KINDS:
+        if isinstance(base, known) and type(base).forward is known.forward:
+            return kind(module)
     if isinstance(base, nn.Linear):
-        return Linear(module)
-    if isinstance(base, Conv1D):
-        return TransposedLinear(module)
+        return CustomLinear(module)
     if isinstance(base, nn.Embedding):
         return Embedding(module)
-    if isinstance(base, nn.LayerNorm) or type(base).__name__.endswith("RMSNorm"):
+    if type(base).__name__.endswith("RMSNorm"):
         return Norm(module)
-    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return Affine(module)
     return IRDLayer(module)

@@ -1,30 +1,25 @@
 """The layer that applies sparse deltas to the parameters of a module."""
 
-import copy
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_ird._registration import BufferDict
+from peft_ird.merging import Merging
 from peft_ird.sparse.delta import SparseDelta, check_indices, index_dtype
-from peft_ird.sparse.ops import add_deltas, gather, scatter_
+from peft_ird.sparse.ops import add_deltas
+from peft_ird.substitution import call_with_parameters
 
-__all__ = ["Deltas", "IRDLayer", "is_low_precision", "with_parameters"]
+__all__ = ["Deltas", "IRDLayer"]
 
 _UNLOADED = -1  # an index before the weights are loaded
+_OWN = {"base_layer", "_parameters", "_buffers", "_modules"}
 Deltas = Mapping[str, list[SparseDelta]]
 
 
-def is_low_precision(tensor: Tensor) -> bool:
-    """Return whether adding small deltas to a tensor would lose many of them."""
-    return tensor.dtype in {torch.float16, torch.bfloat16}
-
-
-class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class IRDLayer(nn.Module, Merging):
     """A module whose parameters get sparse deltas; this kind serves any module.
 
     The deltas are added to the parameters for the call, in a shallow copy of the base
@@ -45,7 +40,7 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             nn.ModuleDict()
         )  # adapter -> parameter -> indices [k]
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         self._disable_adapters = False
         self._unchecked: set[str] = set()
         # Parameters that another layer owns too; that layer has the deltas.
@@ -54,11 +49,13 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
-        inputs = getattr(base_layer, "in_channels", None)
-        outputs = getattr(base_layer, "out_channels", None)
-        return inputs, outputs
-
-    # ---- entries ----
+        inputs = [
+            getattr(base_layer, f"in_{n}", None) for n in ("features", "channels")
+        ]
+        outputs = [
+            getattr(base_layer, f"out_{n}", None) for n in ("features", "channels")
+        ]
+        return inputs[0] or inputs[1], outputs[0] or outputs[1]
 
     def update_layer(
         self,
@@ -78,6 +75,7 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             init_weights: Whether the values start at zero (else random, for tests).
             inference_mode: Whether the values stay frozen.
         """
+        self._refuse_if_merged(adapter_name)
         values, positions = nn.ParameterDict(), BufferDict(persistent=True)
         for name, count in counts.items():
             weight = self._base_parameter(name)
@@ -105,10 +103,15 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def entry_counts(self, adapter_name: str) -> dict[str, int]:
         """Return an adapter's number of entries per parameter of this layer."""
-        if adapter_name not in self.irdelta_indices:
-            return {}
-        indices = self.irdelta_indices[adapter_name]
+        indices = self._indices(adapter_name)
         return {name: tensor.numel() for name, tensor in indices.items()}
+
+    def is_unloaded(self, adapter_name: str) -> bool:
+        """Return whether an adapter's entries in this layer are still to be loaded."""
+        return any(
+            indices.numel() > 0 and int(indices[0]) == _UNLOADED
+            for indices in self._indices(adapter_name).values()
+        )
 
     def has_entries(self, name: str) -> bool:
         """Return whether any adapter has entries in a parameter of this layer."""
@@ -116,9 +119,21 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def drop_entries(self, adapter_name: str) -> None:
         """Forget an adapter's entries in this layer, if it has some."""
+        self._refuse_if_merged(adapter_name)
         for container in (self.irdelta_values, self.irdelta_indices):
             if adapter_name in container:
                 del container[adapter_name]
+
+    def _indices(self, adapter_name: str) -> dict[str, Tensor]:
+        known = adapter_name in self.irdelta_indices
+        return dict(self.irdelta_indices[adapter_name].items()) if known else {}
+
+    def _refuse_if_merged(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"Adapter '{adapter_name}' is merged into the base weights; call "
+                "`unmerge_adapter()` before its entries are replaced."
+            )
 
     def _delta(self, adapter_name: str, name: str) -> SparseDelta:
         return SparseDelta(
@@ -146,8 +161,6 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return torch.zeros_like(weight)
         return self._delta(adapter_name, name).to_dense(weight.dtype)
 
-    # ---- forward ----
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with the deltas of the active adapters."""
         deltas = self._deltas_in_force()
@@ -160,11 +173,7 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             name: add_deltas(self._base_parameter(name), found)
             for name, found in deltas.items()
         }
-        base = self.base_layer
-        if torch.compiler.is_compiling() and not isinstance(base, BaseTunerLayer):
-            # A shallow copy breaks the graph; a compiled call swaps safely.
-            return torch.func.functional_call(base, parameters, args, kwargs)
-        return with_parameters(base, parameters)(*args, **kwargs)
+        return call_with_parameters(self.base_layer, parameters, args, kwargs)
 
     def _deltas_in_force(self) -> dict[str, list[SparseDelta]]:
         deltas = self._own_deltas()
@@ -193,22 +202,20 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _check(self, adapter: str) -> None:
         """Check indices that came from outside, once, before they are used."""
-        for name, indices in self.irdelta_indices[adapter].items():
-            if indices.numel() and int(indices[0]) == _UNLOADED:
-                raise ValueError(
-                    f"Adapter '{adapter}' was set up from a saved configuration, but "
-                    "its weights were never loaded. Load them with `load_adapter` or "
-                    "`PeftModel.from_pretrained`; to select anew, set the "
-                    "configuration's `nnz_pattern` to None."
-                )
+        if self.is_unloaded(adapter):
+            raise ValueError(
+                f"Adapter '{adapter}' was set up from a saved configuration, but its "
+                "weights were never loaded. Load them with `load_adapter` or "
+                "`PeftModel.from_pretrained`; to select anew, set the configuration's "
+                "`nnz_pattern` to None."
+            )
+        for name, indices in self._indices(adapter).items():
             check_indices(indices, self._base_parameter(name).numel(), name)
         self._unchecked.discard(adapter)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unchecked.update(self.irdelta_values)
         super()._load_from_state_dict(*args, **kwargs)
-
-    # ---- what others read ----
 
     def parameter_in_force(self, name: str) -> Tensor:
         """Return a base parameter with the deltas of the active adapters.
@@ -239,86 +246,9 @@ class IRDLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith("_"):
+            if name in _OWN or name.startswith(("__", "_hf_", "_old_forward")):
                 raise
             return self._read(name)
 
-    # ---- merging ----
-
-    def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> None:
-        """Write the deltas into the base weights; the old entries are kept.
-
-        Args:
-            safe_merge: Whether to check the result for NaN before anything is written.
-            adapter_names: The adapters to merge. Default: the active ones.
-
-        Raises:
-            ValueError: If ``safe_merge`` finds a value that is not finite.
-        """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
-        for adapter in adapter_names:
-            if adapter not in self.irdelta_values:
-                continue
-            self._check(adapter)
-            names = list(self.irdelta_values[adapter])
-            merged = {name: self._merged_entries(adapter, name) for name in names}
-            if safe_merge and not all(
-                bool(t.isfinite().all()) for t in merged.values()
-            ):
-                raise ValueError(
-                    "NaNs detected in the merged weights. The adapter "
-                    f"{adapter} seems to be broken"
-                )
-            self._keep_originals(adapter)
-            for name, entries in merged.items():
-                indices = self.irdelta_indices[adapter][name]
-                scatter_(self._base_parameter(name).data, indices, entries)
-            self.merged_adapters.append(adapter)
-
-    def _merged_entries(self, adapter: str, name: str) -> Tensor:
-        weight, delta = self._base_parameter(name).data, self._delta(adapter, name)
-        values = delta.values.detach()
-        common = torch.promote_types(weight.dtype, values.dtype)
-        if not is_low_precision(weight):
-            common = weight.dtype
-        old = gather(weight, delta.indices).to(common)
-        return (old + values.to(common)).to(weight.dtype)
-
-    def _keep_originals(self, adapter: str) -> None:
-        originals = BufferDict(persistent=False)
-        for name, indices in self.irdelta_indices[adapter].items():
-            originals[name] = gather(self._base_parameter(name).data, indices)
-        self.irdelta_originals[adapter] = originals
-
-    def unmerge(self) -> None:
-        """Put the entries back that merging overwrote, bit for bit."""
-        if not self.merged and len(self.irdelta_values):
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            originals = self.irdelta_originals[adapter]
-            for name, entries in originals.items():
-                indices = self.irdelta_indices[adapter][name]
-                scatter_(self._base_parameter(name).data, indices, entries)
-            del self.irdelta_originals[adapter]
-
     def __repr__(self) -> str:
         return "ird." + super().__repr__()
-
-
-def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """Return a shallow copy of a module that computes with other parameters.
-
-    Everything else is shared with the module, which is not touched.
-    """
-    clone = copy.copy(module)
-    if isinstance(module, BaseTunerLayer):
-        inner = with_parameters(module.base_layer, parameters)
-        clone._modules = {**module._modules, "base_layer": inner}
-    else:
-        for name in parameters:  # FSDP keeps views of its flat parameter there
-            clone.__dict__.pop(name, None)
-        clone._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
-    return clone

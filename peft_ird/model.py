@@ -1,6 +1,7 @@
 """The tuner: puts a selection into a model, and a saved adapter back."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,12 @@ from peft_ird.injection import (
 )
 from peft_ird.layer import IRDLayer
 from peft_ird.sparse.storage import check_entries, entry_counts, plain_name
-from peft_ird.targets import base_model, resolve_targets, select_parameters
+from peft_ird.targets import (
+    base_model,
+    is_in_head,
+    resolve_targets,
+    select_parameters,
+)
 
 __all__ = ["IRDModel"]
 
@@ -74,13 +80,18 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         """
         model = base_model(model)
         config: IRDConfig = self.peft_config[adapter_name]
-        _settle(model, config, state_dict)
-        BaseTuner.inject_adapter(
-            self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
-            state_dict,
-        )  # fmt: skip
-        install_nested(model, config, adapter_name, self.active_adapters)
-        share_tied(model)
+        given = config.selection
+        try:
+            _settle(model, config, state_dict)
+            BaseTuner.inject_adapter(
+                self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
+                state_dict,
+            )  # fmt: skip
+            install_nested(model, config, adapter_name, self.active_adapters)
+            share_tied(model)
+        except BaseException:
+            config.selection = given
+            raise
         config.selection = None
 
     @staticmethod
@@ -117,11 +128,60 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         replace(self.model, child, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if kwargs.get("safe_merge"):
+            self._check_finite(kwargs.get("adapter_names"))
         # PEFT does not look inside tuner layers; wrapped modules may hold wrapped ones.
         while any(isinstance(module, IRDLayer) for module in self.model.modules()):
             super()._unload_and_optionally_merge(*args, **kwargs)
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active alone, the first one left becomes it.
+
+        Every adapter has other modules, so the choice cannot be left to each layer.
+
+        Args:
+            adapter_name: The adapter.
+
+        Raises:
+            ValueError: If there is no such adapter, or it is merged.
+        """
+        active = list(self.active_adapters)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was active which is now deleted")
+            super().delete_adapter(adapter_name)
+        left = [name for name in active if name != adapter_name]
+        if not left and adapter_name in active:
+            left = list(self.peft_config)[:1]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting "
+                f"active adapter to {left[0] if left else 'none'}.",
+                stacklevel=2,
+            )
+        if left:
+            self.set_adapter(left)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Write the deltas into the base weights.
+
+        Args:
+            adapter_names: The adapters to merge. Default: the active ones.
+            safe_merge: Whether to check all layers before any of them is written to.
+
+        Raises:
+            ValueError: If ``safe_merge`` finds a value that is not finite.
+        """
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, IRDLayer):
+                module.check_finite(adapter_names or module.active_adapters)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: IRDConfig) -> None:
         """Do nothing: a delta acts in every module that holds its parameter."""
@@ -160,9 +220,17 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        counts = adapter_counts(base_model(model), adapter_name)
+        base = base_model(model)
+        counts = adapter_counts(base, adapter_name)
         saved = entry_counts(state_dict)
-        expected = counts if config.awaits_weights or not saved else saved
+        layers = [m for m in base.modules() if isinstance(m, IRDLayer)]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(
+                f"Adapter '{adapter_name}' is merged into the base weights; call "
+                "`unmerge_adapter()` before loading other weights into it."
+            )
+        is_new = any(layer.is_unloaded(adapter_name) for layer in layers)
+        expected = counts if is_new or not saved else saved
         if saved:
             check_entries(state_dict, expected, parameter_shapes(model, expected))
         if expected != counts:
@@ -189,6 +257,7 @@ def _settle(
         config.nnz_pattern = config.shape_pattern = None
         return  # PEFT knows best what to say
     else:
+        _check_heads(model, config)
         selection = config.selection or select_parameters(model, config)
         counts = selection.counts
         shapes = parameter_shapes(model, counts)
@@ -210,6 +279,17 @@ def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
         )
 
 
+def _check_heads(model: nn.Module, config: IRDConfig) -> None:
+    """Refuse to train a module whole that has entries of another adapter in it."""
+    taken = [n for n, m in model.named_modules() if isinstance(m, IRDLayer)]
+    for name in taken:
+        if is_in_head(plain_name(name), config):
+            raise ValueError(
+                f"`modules_to_save` covers '{name}', in which another adapter has "
+                "selected entries. Leave it out, or use a model without that adapter."
+            )
+
+
 def _same_names(counts: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> bool:
     def names(tree: Mapping[str, Any]) -> set[tuple[str, str]]:
         return {(module, name) for module, named in tree.items() for name in named}
@@ -221,9 +301,15 @@ def _check_shapes(shapes: Shapes, expected: Mapping[str, Mapping[str, Any]]) -> 
     for module, parameters in expected.items():
         for name, shape in parameters.items():
             found = shapes.get(module, {}).get(name)
-            if found is not None and list(shape) != found:
+            if found is not None and not _fits(list(shape), found):
                 raise ValueError(
                     f"The adapter was made for another base model: its "
                     f"'{module}.{name}' has shape {list(shape)}, here it is {found}. "
                     "Load the base model that adapter_config.json names."
                 )
+
+
+def _fits(shape: list[int], found: list[int]) -> bool:
+    """Return whether flat positions mean the same: rows may have been added."""
+    has_more_rows = len(shape) == 2 and shape[1:] == found[1:] and shape[0] < found[0]
+    return shape == found or has_more_rows

@@ -1,6 +1,7 @@
 """The parameters that a configuration targets, and the selection among them."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "base_model",
     "base_modules",
     "find_candidates",
+    "is_in_head",
     "resolve_targets",
     "select_parameters",
 ]
@@ -77,8 +79,8 @@ def select_parameters(
 def find_candidates(model: nn.Module, config: IRDConfig) -> Pool:
     """Collect the parameters that a configuration targets.
 
-    A parameter counts once, under its first name in ``named_parameters``, and is
-    targeted if any module that holds it is.
+    A parameter counts once, under its first name in ``named_parameters``. It is a
+    candidate if a targeted module holds it and no head (``modules_to_save``) does.
 
     Args:
         model: The base model, with or without adapters.
@@ -93,6 +95,7 @@ def find_candidates(model: nn.Module, config: IRDConfig) -> Pool:
     targets = set(resolve_targets(model, config))
     owners: dict[int, tuple[str, str, nn.Parameter]] = {}
     targeted: set[int] = set()
+    in_heads: set[int] = set()
     for name, module in base_modules(model):
         if name in targets:
             _check_plain(name, module)
@@ -101,7 +104,10 @@ def find_candidates(model: nn.Module, config: IRDConfig) -> Pool:
                 owners.setdefault(id(parameter), (name, parameter_name, parameter))
             if name in targets:
                 targeted.add(id(parameter))
-    pool = Pool(owner for key, owner in owners.items() if key in targeted)
+            if is_in_head(name, config):
+                in_heads.add(id(parameter))
+    chosen = targeted - in_heads
+    pool = Pool(owner for key, owner in owners.items() if key in chosen)
     if len(pool) == 0:
         raise ValueError(
             f"No parameters to choose from: `target_modules` {config.target_modules} "
@@ -122,15 +128,27 @@ def resolve_targets(model: nn.Module, config: IRDConfig) -> list[str]:
         ValueError: If ``target_modules`` is given and matches no module.
     """
     probe = config.__copy__()
-    probe.modules_to_save = [
-        *(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())
-    ]  # fmt: skip
+    probe.modules_to_save = _heads(config)
     include_all_linear_layers(probe, model)
     named = [(name, m) for name, m in base_modules(model) if name]
     if config.target_modules is None:
         names = [name for name, module in named if _holds_parameters(module)]
         probe.target_modules = set(_in_layers(names, config))
     return [name for name, _ in named if check_target_module_exists(probe, name)]
+
+
+def is_in_head(name: str, config: IRDConfig) -> bool:
+    """Return whether a module belongs to a head that is trained whole.
+
+    Args:
+        name: The module's name in the base model.
+        config: The configuration.
+    """
+    return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in _heads(config))
+
+
+def _heads(config: IRDConfig) -> list[str]:
+    return [*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())]
 
 
 def _in_layers(names: list[str], config: IRDConfig) -> list[str]:
@@ -213,17 +231,19 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
     states = [
-        (layer, layer._disable_adapters, list(getattr(layer, "merged_adapters", ())))
+        (layer, layer.disable_adapters, list(getattr(layer, "merged_adapters", ())))
         for layer in layers
     ]
     flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     try:
-        for layer in layers:
+        for layer, _, merged in states:
+            if merged:
+                layer.unmerge()
             layer.enable_adapters(False)
         yield
     finally:
         for layer, disabled, merged in states:
-            if merged and not layer.merged:
+            if merged:
                 layer.merge(adapter_names=merged)
             layer.enable_adapters(not disabled)
         for parameter, flag in flags:

@@ -29,13 +29,13 @@ torch.set_num_threads(1)  # the models are too small to share
 
 
 def bert_config(**kwargs: Any) -> BertConfig:
+    kwargs.setdefault("max_position_embeddings", 16)
     return BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,
-        max_position_embeddings=16,
         **kwargs,
     )
 
@@ -56,13 +56,13 @@ def llama_config(**kwargs: Any) -> LlamaConfig:
     )
 
 
-def gpt2_config() -> GPT2Config:
+def gpt2_config(n_positions: int = 32) -> GPT2Config:
     return GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=16,
         n_layer=2,
         n_head=2,
-        n_positions=32,
+        n_positions=n_positions,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

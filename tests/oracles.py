@@ -1,7 +1,9 @@
 """Slow and obvious float64 computations that the package is tested against."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -67,6 +69,16 @@ def best(scores: Sequence[float], k: int, largest: bool = True) -> list[int]:
     sign = -1 if largest else 1
     order = sorted(range(len(scores)), key=lambda i: (sign * scores[i], i))
     return sorted(order[:k])
+
+
+def shares(sizes: Sequence[int], k: int) -> list[int]:
+    """Give everyone the whole part, and what is left to the largest remainders."""
+    exact = [Fraction(k * size, sum(sizes)) for size in sizes]
+    parts = [math.floor(part) for part in exact]
+    remainders = sorted((math.floor(part) - part, i) for i, part in enumerate(exact))
+    for _, i in remainders[: k - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 def range_decreasing(

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import datasets
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -38,9 +39,6 @@ def refused(message, model, config, calibration=None):
     assert config.selection is None
 
 
-# ---- options ----
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -61,6 +59,9 @@ def refused(message, model, config, calibration=None):
         ({"density": 0.1, "schedule": []}, "`schedule` is empty"),
         ({"density": 0.1, "schedule": [(2, 0.1), (4, 0.1)]}, "must not grow"),
         ({"density": 0.1, "schedule": "slow"}, "`schedule` must be"),
+        ({"density": 0.1, "schedule": 5}, "`schedule` must be"),
+        ({"density": 0.1, "schedule": [4, 2]}, "`schedule` must be"),
+        ({"density": "0.1"}, r"`density` must lie in \(0, 1\], got '0.1'"),
         (
             {"density": 0.1, "target_modules": "lin.*", "layers_to_transform": [0]},
             "`layers_to_transform` cannot be used",
@@ -109,9 +110,6 @@ def test_no_module_matches():
         make_model("bert"),
         config(density=0.1, method="random", target_modules=["nothing_like_it"]),
     )
-
-
-# ---- data ----
 
 
 @pytest.mark.parametrize("method", ["ird", "reverse_ird", "fish", "gradient"])
@@ -224,6 +222,43 @@ def test_a_parameter_without_gradient():
     )
 
 
+def test_a_parameter_without_gradient_for_the_gradient_criterion():
+    model = make_model("bert")
+    model.bert.spare = nn.Linear(3, 3)
+    settings = config(density=0.1, method="gradient")
+    refused("no gradient from any sample", model, settings, make_samples("bert"))
+
+
+def test_weights_that_are_not_finite_cannot_be_ranked():
+    model = make_model("llama")
+    settings = IRDConfig(task_type="CAUSAL_LM", density=0.1, method="magnitude")
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"'model\.norm\.weight' has weights that are not"
+    ):
+        select_parameters(model, settings)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "`calibration` is empty"),
+        ({"input_ids": [[1], [2]], "labels": [0]}, "must have one row per sample"),
+        (
+            {"train": datasets.Dataset.from_list([{"input_ids": [1], "labels": 0}])},
+            "has several splits, train; give one",
+        ),
+    ],
+)
+def test_data_of_another_form(data, message):
+    refused(message, make_model("bert"), config(density=0.1), data)
+
+
+def test_a_loss_that_is_no_tensor():
+    loss = Calibration(make_samples("bert", 8), loss=lambda *_: 1.0)
+    refused("does not depend on any", make_model("bert"), config(density=0.1), loss)
+
+
 def test_sampled_labels_with_a_loss_of_ones_own():
     def loss(model, batch):
         return model(batch).square().mean()
@@ -234,9 +269,6 @@ def test_sampled_labels_with_a_loss_of_ones_own():
         IRDConfig(density=0.1, num_samples=2, fisher="sampled"),
         Calibration([torch.randn(3), torch.randn(3)], loss=loss),
     )
-
-
-# ---- models ----
 
 
 class Int8Linear(nn.Module):
@@ -263,9 +295,6 @@ def test_a_quantised_base(module):
     model = nn.Sequential(nn.Linear(4, 4), module())
     settings = IRDConfig(density=0.5, method="random", target_modules=["0", "1"])
     refused("'1' is quantised", model, settings)
-
-
-# ---- loading ----
 
 
 @pytest.fixture

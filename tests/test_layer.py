@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import get_peft_model
 from torch import nn
 from torch.testing import assert_close
@@ -187,6 +188,68 @@ def test_a_small_delta_survives_in_low_precision(kind, dtype):
     share = first(layer._run(layer._deltas_in_force(), *args))
     assert share.dtype == dtype
     assert_close(share.double(), exact, rtol=0.05, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrapped_module_without_entries_is_the_base(kind):
+    model, base, args = adapted(kind, ALL, init_weights=False)
+    layer = model.base_model.model.inner
+    assert not torch.equal(first(layer(*args)), first(base(*args)))
+    layer.drop_entries("default")
+    assert torch.equal(first(layer(*args)), first(base(*args)))
+    assert not first(layer(*args)).requires_grad
+
+
+class Scaled(nn.Linear):
+    """A subclass that computes something else than its base class."""
+
+    def forward(self, x):
+        return super().forward(x).tanh() * 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_subclass_with_its_own_forward_is_not_taken_for_its_base(dtype):
+    torch.manual_seed(0)
+    settings = IRDConfig(density=1.0, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(Scaled(3, 3).to(dtype)), settings)
+    x = torch.randn(4, 3, dtype=dtype)
+    active = model(x)
+    model.merge_adapter()
+    assert_close(active, model(x), **TOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_that_was_put_on_the_instance_gets_the_delta(dtype):
+    """As accelerate does when it dispatches a model."""
+    torch.manual_seed(0)
+    settings = IRDConfig(density=1.0, method="random", init_weights=False)
+    base = nn.Sequential(nn.Linear(3, 3), Scaled(3, 3)).to(dtype)
+    model = get_peft_model(copy.deepcopy(base), settings)
+    x = torch.randn(4, 3, dtype=dtype)
+    expected = model(x)
+    for layer in model.base_model.model:
+        add_hook_to_module(layer.base_layer, AlignDevicesHook(io_same_device=True))
+    found = model(x)
+    assert_close(found, expected, **TOL[dtype])
+    assert found.requires_grad
+    for layer, plain in zip(model.base_model.model, base, strict=True):
+        assert torch.equal(layer.base_layer.weight, plain.weight)
+        assert isinstance(layer.base_layer.weight, nn.Parameter)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*")
+def test_a_transformer_layer_of_torch_works_in_both_modes():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
+    settings = IRDConfig(density=1.0, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(encoder), settings)
+    x = torch.randn(2, 3, 4)
+    trained = model.train()(x)
+    with torch.no_grad():
+        evaluated = model.eval()(x)
+    merged = model.merge_and_unload().eval()
+    assert_close(trained, merged(x), **TOL[torch.float32])
+    assert_close(evaluated, merged(x), **TOL[torch.float32])
 
 
 def test_a_module_without_entries_is_not_wrapped():

@@ -26,8 +26,6 @@ from peft_ird.layer import IRDLayer
 from tests.conftest import make_batch, make_model, make_samples, task_type
 from tests.oracles import TOL
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*was active which is now deleted")
-
 
 def config(name: str, **options) -> IRDConfig:
     options = {"density": 0.02, "method": "random", "init_weights": False, **options}
@@ -42,9 +40,6 @@ def adapted(name: str, **options) -> PeftModel:
 def logits(model: nn.Module, name: str) -> torch.Tensor:
     with torch.no_grad():
         return model(**make_batch(name)).logits
-
-
-# ---- registration ----
 
 
 def test_importing_registers_the_tuner():
@@ -65,9 +60,6 @@ def test_registering_twice_changes_nothing():
     importlib.reload(peft_ird)
     assert list(PeftType) == before
     adapted("bert")
-
-
-# ---- selection and injection in one call ----
 
 
 def test_one_call_selects_and_injects(name):
@@ -135,9 +127,6 @@ def test_the_head_is_trained_whole_and_is_no_candidate():
     assert head.weight.requires_grad
 
 
-# ---- several adapters ----
-
-
 def test_adapters_are_added_switched_and_deleted(name):
     model = adapted(name)
     base = logits(make_model(name), name)
@@ -153,11 +142,67 @@ def test_adapters_are_added_switched_and_deleted(name):
     assert torch.equal(logits(model, name), two)
     model.set_adapter("default")
     assert torch.equal(logits(model, name), one)
-    model.delete_adapter("default")
+    with pytest.warns(UserWarning, match="Setting active adapter to second"):
+        model.delete_adapter("default")
     assert list(model.peft_config) == ["second"]
     assert not any(".default." in n for n, _ in model.named_parameters())
     model.set_adapter("second")
     assert torch.equal(logits(model, name), two)
+
+
+@pytest.mark.parametrize("deleted_first", [True, False])
+def test_deleting_the_active_adapter_activates_one_everywhere(deleted_first):
+    """Adapters have different modules, and no layer knows them all."""
+    targets = {"one": ["query"], "two": ["value"], "both": ["query", "value"]}
+    order = ["both", "one", "two"] if deleted_first else ["one", "two", "both"]
+    torch.manual_seed(0)
+    model = get_peft_model(
+        make_model("bert"), config("bert", target_modules=targets[order[0]]), order[0]
+    )
+    for each in order[1:]:
+        model.add_adapter(each, config("bert", target_modules=targets[each]))
+    model.eval().set_adapter("one")
+    expected = logits(model, "bert")
+    model.set_adapter("both")
+    with pytest.warns(UserWarning, match="Setting active adapter to one"):
+        model.delete_adapter("both")
+    layers = [m for m in model.modules() if isinstance(m, IRDLayer)]
+    assert {tuple(layer.active_adapters) for layer in layers} == {("one",)}
+    assert model.active_adapter == "one"
+    assert torch.equal(logits(model, "bert"), expected)
+
+
+def test_deleting_the_last_adapter_leaves_the_base(name):
+    model = adapted(name)
+    with pytest.warns(UserWarning, match="active adapter to none"):
+        model.base_model.delete_adapter("default")
+    with torch.no_grad():
+        found = model.base_model.model(**make_batch(name)).logits
+    assert torch.equal(found, logits(make_model(name), name))
+
+
+def test_an_adapter_that_is_added_while_all_are_off_is_off_too(name):
+    base = logits(make_model(name), name)
+    model = adapted(name, budget=40, density=None)
+    with model.disable_adapter():
+        model.add_adapter("second", config(name, density=0.5, seed=1))
+        model.set_adapter("second")
+        assert torch.equal(logits(model, name), base)
+    assert not torch.equal(logits(model, name), base)
+
+
+def test_a_head_cannot_cover_entries_of_another_adapter():
+    model = adapted("bert", density=1.0)
+    with pytest.raises(ValueError, match=r"`modules_to_save` covers 'bert\.pooler"):
+        model.add_adapter("second", config("bert", modules_to_save=["pooler"]))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_parameter_that_a_head_holds_is_no_candidate():
+    settings = config("gpt2", modules_to_save=["lm_head"], density=1.0)
+    assert (
+        "transformer.wte" not in select_parameters(make_model("gpt2"), settings).counts
+    )
 
 
 def test_only_the_active_adapter_is_trainable(name):
@@ -229,6 +274,28 @@ def test_a_config_can_be_used_again():
     assert not torch.equal(logits(one, "bert"), logits(two, "bert"))  # other values
 
 
+def test_a_selection_serves_one_injection(name):
+    selection = select_parameters(
+        make_model(name), config(name, budget=9, density=None)
+    )
+    settings = IRDConfig(
+        task_type=task_type(name), selection=selection, method="random"
+    )
+    get_peft_model(make_model(name), settings)
+    with pytest.raises(ValueError, match="it has been used: pass it again"):
+        get_peft_model(make_model(name), settings)
+
+
+def test_a_failed_injection_keeps_the_selection(name):
+    selection = select_parameters(
+        make_model(name), config(name, budget=9, density=None)
+    )
+    settings = IRDConfig(task_type=task_type(name), selection=selection, budget=8)
+    with pytest.raises(ValueError, match="has 9 entries"):
+        get_peft_model(make_model(name), settings)
+    assert settings.selection is selection
+
+
 def test_a_selection_can_be_made_first_and_used_later(name):
     data = make_samples(name)
     options = {"density": 0.01, "num_samples": 8, "method": "ird"}
@@ -242,9 +309,6 @@ def test_a_selection_can_be_made_first_and_used_later(name):
         layer = model.base_model.model.get_submodule(module)
         for parameter, indices in parameters.items():
             assert torch.equal(layer.irdelta_indices["default"][parameter], indices)
-
-
-# ---- merging ----
 
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -313,7 +377,40 @@ def test_safe_merge_finds_nan_before_anything_is_written(name):
     assert torch.equal(after[first], before[first])
 
 
-# ---- tied weights ----
+def test_safe_merge_looks_at_every_layer_before_it_writes(name):
+    model = adapted(name)
+    before = base_weights(model)
+    values = [p for n, p in model.named_parameters() if "irdelta" in n]
+    values[-1].data[-1] = torch.inf
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    after = base_weights(model)
+    assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+def test_weights_cannot_be_loaded_into_a_merged_adapter(name):
+    state_dict = get_peft_model_state_dict(adapted(name, seed=3))
+    model = adapted(name)
+    before = base_weights(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="is merged into the base weights"):
+        set_peft_model_state_dict(model, state_dict)
+    model.unmerge_adapter()
+    after = base_weights(model)
+    assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+def test_a_merged_model_selects_on_its_base_and_stays_merged(name):
+    settings = config(name, method="magnitude")
+    expected = select_parameters(make_model(name), settings).counts
+    model = adapted(name, density=0.5)
+    model.merge_adapter()
+    merged = base_weights(model)
+    assert select_parameters(model, settings).counts == expected
+    after = base_weights(model)
+    assert all(torch.equal(after[n], merged[n]) for n in merged)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -353,9 +450,6 @@ def test_the_gradient_of_a_tied_delta_sums_both_uses(kind):
     assert_close(values.grad, expected, **TOL[torch.float32])
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count == values.numel()
-
-
-# ---- status, low-level ways in ----
 
 
 def test_the_status_is_that_of_a_regular_tuner(name):
@@ -416,9 +510,6 @@ def test_low_cpu_mem_usage(name, tmp_path):
     loaded.load_adapter(tmp_path, "other", low_cpu_mem_usage=True)
     loaded.set_adapter("other")
     assert torch.equal(logits(loaded, name), expected)
-
-
-# ---- training ----
 
 
 def test_gradients_reach_the_values_and_nothing_else(name):
@@ -530,8 +621,11 @@ def test_saving_from_a_compiled_model(name):
     plain = get_peft_model_state_dict(model)
     compiled = get_peft_model_state_dict(torch.compile(model), unwrap_compiled=True)
     assert plain.keys() == compiled.keys()
-    injected = inject_adapter_in_model(config(name), torch.compile(make_model(name)))
-    set_peft_model_state_dict(injected, plain)
+    settings, empty = config(name), torch.compile(make_model(name))
+    state_dict = {k.removeprefix("base_model.model."): v for k, v in plain.items()}
+    injected = inject_adapter_in_model(settings, empty, state_dict=state_dict)
+    assert sum(isinstance(m, IRDLayer) for m in injected.modules()) > 0
+    assert settings.nnz_pattern == model.peft_config["default"].nnz_pattern
 
 
 def test_weights_that_shadow_parameters_are_replaced():
@@ -546,9 +640,6 @@ def test_weights_that_shadow_parameters_are_replaced():
         tensor = linear._parameters.pop(parameter_name).data
         linear.__dict__[parameter_name] = tensor
     assert torch.equal(model(x), expected)
-
-
-# ---- mixed ----
 
 
 @pytest.mark.parametrize("lora_first", [True, False])

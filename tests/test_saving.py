@@ -207,6 +207,29 @@ def test_several_adapters_are_saved_and_loaded_by_name(name, tmp_path):
     assert torch.equal(logits(loaded, name), two)
 
 
+def test_another_file_can_be_loaded_under_the_same_name(name, tmp_path):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = get_peft_model(make_model(name), config(name, seed=seed))
+        model.save_pretrained(tmp_path / str(seed))
+    expected = logits(model, name)
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path / "1")
+    loaded.load_adapter(tmp_path / "2", "default")
+    assert torch.equal(logits(loaded, name), expected)
+
+
+def test_an_embedding_with_more_rows_still_fits(name, tmp_path):
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(name), config(name, density=0.2))
+    model.save_pretrained(tmp_path)
+    expected = logits(model, name)
+    base = make_model(name)
+    base.resize_token_embeddings(44)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    found = logits(loaded, name)
+    assert torch.equal(found[..., : expected.shape[-1]], expected)
+
+
 def test_a_loaded_adapter_goes_on_training(name, trained):
     folder, _ = trained
     base = AUTO[task_type(name)][1].from_pretrained(folder / "base")
@@ -247,9 +270,6 @@ def test_save_then_load_is_the_identity(data, tmp_path):
     loaded.merge_adapter()
     loaded.unmerge_adapter()
     assert all(torch.equal(v, before[k]) for k, v in loaded.state_dict().items())
-
-
-# ---- the configuration ----
 
 
 def test_the_configuration_is_json_without_its_data(tmp_path):

@@ -29,6 +29,7 @@ def test_shares_add_up_and_stay_within_one_of_the_exact_part(sizes, data):
     k = data.draw(st.integers(0, total))
     parts = shares(sizes, k)
     assert sum(parts) == k
+    assert parts == oracles.shares(sizes, k)
     for part, size in zip(parts, sizes, strict=True):
         assert part <= size
         assert abs(part - k * size / total) < 1

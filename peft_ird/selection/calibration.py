@@ -19,9 +19,10 @@ class Calibration:
     """The examples that the Fisher information is estimated on, one at a time.
 
     Args:
-        data: A ``datasets.Dataset``, a torch dataset or list of samples; a dictionary
-            of arrays with one row per sample; or ready batches, in a ``DataLoader`` or
-            as a list of tokenizer outputs, which are read once and cut into samples.
+        data: A ``datasets.Dataset``, a torch dataset, list or iterable of samples; a
+            dictionary of columns with one row per sample; or ready batches, in a
+            ``DataLoader`` or as a list of tokenizer outputs, which are cut into
+            samples. What has no length or index is read once.
         collate_fn: Makes a batch of a list of samples, as for a ``DataLoader``. By
             default fields are turned into tensors with a leading dimension of one, and
             ``label`` becomes ``labels``.
@@ -64,8 +65,10 @@ class Calibration:
             if self.loss is None and isinstance(sample, Mapping):
                 sample = _only_accepted(sample, model)
             batch = (self.collate_fn or _collate)([sample])
+        if self.loss is None and isinstance(batch, Mapping):
+            batch = _as_tensors(batch)
         device = next(model.parameters()).device
-        return tree_map_only(Tensor, lambda t: t.to(device), _plain(batch))
+        return tree_map_only(Tensor, lambda t: t.to(device), batch)
 
     def sample_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of a batch of one sample, as a scalar.
@@ -92,13 +95,12 @@ class Calibration:
     def _read(self) -> Sequence[Any]:
         data = self.data
         if isinstance(data, Mapping):
-            self._is_batched = True
-            return _unbatch(data)
-        if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
+            return _by_row(data)
+        self._is_batched = isinstance(data, DataLoader)
+        if self._is_batched or not _is_sequence(data):
             data = list(data)
-        self._is_batched = isinstance(self.data, DataLoader) or (
-            len(data) > 0 and _has_batch_dimension(data[0])
-        )
+        if len(data) and _has_batch_dimension(data[0]):
+            self._is_batched = True
         if self._is_batched:
             return [row for batch in data for row in _unbatch(batch)]
         return data  # type: ignore[no-any-return]
@@ -111,29 +113,49 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def _plain(batch: Any) -> Any:
-    """Return a tokenizer's or collator's mapping as a dictionary of tensors."""
-    return dict(batch) if isinstance(batch, Mapping) else batch
-
-
 def _only_accepted(sample: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     accepted = set(inspect.signature(model.forward).parameters) | set(_LABELS)
-    return {name: value for name, value in sample.items() if name in accepted}
+    known = {name: value for name, value in sample.items() if name in accepted}
+    return known if set(known) - set(_LABELS) else dict(sample)
 
 
 def _collate(samples: list[Any]) -> Any:
     (sample,) = samples
     if not isinstance(sample, Mapping):
         return default_collate(samples)
-    batch = {
-        name: torch.as_tensor(value)[None]
-        for name, value in sample.items()
-        if value is not None and not isinstance(value, str)
-    }
+    batch = {k: v[None] for k, v in _as_tensors(sample).items()}
     for name in ("label", "label_ids"):
         if name in batch:
             batch["labels"] = batch.pop(name)
     return batch
+
+
+def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Turn numbers and lists into tensors; text and missing fields are left out."""
+    return {
+        name: torch.as_tensor(value)
+        for name, value in batch.items()
+        if value is not None and not isinstance(value, str)
+    }
+
+
+def _is_sequence(data: Any) -> bool:
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _by_row(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cut a dictionary of columns, ragged or not, into samples."""
+    if any(hasattr(column, "column_names") for column in columns.values()):
+        raise ValueError(
+            f"`calibration` has several splits, {', '.join(columns)}; give one of them."
+        )
+    sizes = {name: len(column) for name, column in columns.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"The columns of `calibration` must have one row per sample, got {sizes}."
+        )
+    size = next(iter(sizes.values()), 0)
+    return [{name: column[i] for name, column in columns.items()} for i in range(size)]
 
 
 def _has_batch_dimension(row: Any) -> bool:
@@ -144,12 +166,10 @@ def _has_batch_dimension(row: Any) -> bool:
 def _unbatch(batch: Any) -> list[Any]:
     """Cut a batch into batches of one; what has no row per sample stays whole."""
     if isinstance(batch, Mapping):
-        batch = {k: torch.as_tensor(v) for k, v in batch.items() if v is not None}
+        batch = _as_tensors(batch)
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    leading = (
-        batch.get("input_ids", leaves[0]) if isinstance(batch, dict) else leaves[0]
-    )
-    size = leading.shape[0]
+    named = batch if isinstance(batch, dict) else {}
+    size = named.get("input_ids", leaves[0]).shape[0]
 
     def pick(i: int) -> Any:
         def row(t: Tensor) -> Tensor:

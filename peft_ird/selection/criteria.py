@@ -22,12 +22,22 @@ def data_free_scores(method: str, pool: Pool, seed: int) -> Tensor:
 
     Returns:
         Flat scores. Shape ``[len(pool)]``.
+
+    Raises:
+        ValueError: If a weight is not finite.
     """
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         # In float32 a hundred million draws would tie in the millions.
         return torch.rand(len(pool), generator=generator, dtype=torch.float64)
     scores = pool.zeros()
-    for view, parameter in zip(pool.views(scores), pool.parameters, strict=True):
+    for view, parameter, name in zip(
+        pool.views(scores), pool.parameters, pool.names, strict=True
+    ):
         view.copy_(parameter.detach().reshape(-1).abs())
+        if not bool(view.isfinite().all()):
+            raise ValueError(
+                f"'{'.'.join(name)}' has weights that are not finite and cannot be "
+                "ranked. Is the checkpoint damaged?"
+            )
     return scores

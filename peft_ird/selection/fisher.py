@@ -6,7 +6,7 @@ al., 2021, arXiv:2111.09839). One sample goes through the model at a time.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.pool import Pool
+from peft_ird.selection.randomness import own_randomness
 from peft_ird.selection.sampling import check_labels, with_sampled_labels
 
 __all__ = ["FisherEstimator", "borrowed"]
@@ -32,10 +33,7 @@ def borrowed(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None
     problem_type = getattr(config, "problem_type", None)  # set by the first forward
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    cuda = sorted(
-        {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    )
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad():
         try:
             model.eval()
             for parameter, _ in flags:
@@ -92,24 +90,30 @@ class FisherEstimator:
                 of range, or a parameter gets no gradient from any sample.
         """
         if self._cached is None or self._cached[0] != samples:
-            total = self.pool.zeros()
-            views = self.pool.views(total)
-            unused = set(range(len(views)))
-            for _, gradients in self._gradients(samples, "Fisher information"):
-                for i, gradient in gradients.items():
-                    unused.discard(i)
-                    views[i].addcmul_(gradient, gradient)
-            self._check_used(unused)
-            self._cached = (samples, total.div_(len(samples)))
+            fisher = self._mean(
+                samples, "Fisher information", lambda total, g: total.addcmul_(g, g)
+            )
+            self._cached = (samples, fisher)
         return self._cached[1]
 
     def mean_gradient(self, samples: tuple[int, ...]) -> Tensor:
         """Return the gradient of the mean loss. Shape ``[len(pool)]``."""
+        return self._mean(samples, "Gradients", lambda total, g: total.add_(g))
+
+    def _mean(
+        self,
+        samples: tuple[int, ...],
+        title: str,
+        add: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
         total = self.pool.zeros()
         views = self.pool.views(total)
-        for _, gradients in self._gradients(samples, "Gradients"):
+        unused = set(range(len(views)))
+        for _, gradients in self._gradients(samples, title):
             for i, gradient in gradients.items():
-                views[i].add_(gradient)
+                unused.discard(i)
+                add(views[i], gradient)
+        self._check_used(unused)
         return total.div_(len(samples))
 
     def sample_scores(self, samples: tuple[int, ...], entries: Tensor | None) -> Tensor:
@@ -153,14 +157,15 @@ class FisherEstimator:
             yield n, gradients
 
     def _loss(self, position: int) -> Tensor:
-        batch = self.calibration.batch(position, self.model)
+        seed = hash((self.seed, position)) & (2**63 - 1)
+        with own_randomness(seed):  # a collator's masks do not depend on the order
+            batch = self.calibration.batch(position, self.model)
         if self.calibration.loss is None:
             check_labels(batch, self.model, position)
         if self.fisher_type == "sampled":
-            seed = hash((self.seed, position)) & (2**63 - 1)
             generator = torch.Generator().manual_seed(seed)
             batch = with_sampled_labels(batch, self.model, generator)
-        loss = self.calibration.sample_loss(self.model, batch)
+        loss = torch.as_tensor(self.calibration.sample_loss(self.model, batch))
         if loss.numel() != 1 or not math.isfinite(loss.item()):
             raise ValueError(
                 f"The loss of calibration sample {position} must be one finite number, "

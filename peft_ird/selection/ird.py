@@ -12,6 +12,7 @@ from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.criteria import NEEDS_DATA, data_free_scores
 from peft_ird.selection.fisher import FisherEstimator, borrowed
 from peft_ird.selection.pool import Pool
+from peft_ird.selection.randomness import own_randomness
 from peft_ird.selection.schedule import Cell, plan_cells
 from peft_ird.selection.selection import Selection
 from peft_ird.selection.topk import rank, top_k
@@ -67,7 +68,8 @@ def select(
         ValueError: If there is no data or too little, or a budget or schedule that the
             pool cannot meet.
     """
-    steps = list(walk(model, pool, calibration, settings))
+    with own_randomness(settings.seed):
+        steps = list(walk(model, pool, calibration, settings))
     last = steps[-1]
     indices = pool.split(last.entries)
     shapes = {
@@ -165,7 +167,7 @@ def _choose_by_gradient(
 
 def _choose_without_data(pool: Pool, settings: Settings) -> Step:
     start = time.perf_counter()
-    within = pool.positions(suffix="bias") if settings.method == "bias" else None
+    within = pool.bias_positions() if settings.method == "bias" else None
     available = len(pool) if within is None else len(within)
     k = _target(len(pool), available, settings)
     scores = data_free_scores(settings.method, pool, settings.seed)
@@ -185,8 +187,15 @@ def _target(candidates: int, available: int, settings: Settings) -> int:
     """Return the number of entries asked for; all that are available by default."""
     if settings.density is not None:
         k = _count(candidates, settings.density)
+    elif settings.budget is not None:
+        k = settings.budget
+    elif settings.method == "bias":
+        k = available
     else:
-        k = available if settings.budget is None else settings.budget
+        raise ValueError(
+            "Pass either `density` or `budget`; neither is given. If the configuration "
+            "had a `selection`, it has been used: pass it again."
+        )
     if available == 0:
         raise ValueError(
             f"method='{settings.method}' finds nothing to choose from: no targeted "

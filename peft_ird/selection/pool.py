@@ -52,14 +52,14 @@ class Pool:
         """Cut a flat tensor into one view per parameter, each 1-D."""
         return list(torch.split(flat, [p.numel() for p in self.parameters]))
 
-    def positions(self, *, suffix: str) -> Tensor:
-        """Return the flat positions of parameters whose name ends in ``suffix``."""
+    def bias_positions(self) -> Tensor:
+        """Return the flat positions of biases: ``bias``, ``in_proj_bias`` and so on."""
         ranges = [
             torch.arange(start, end)
             for (_, name), start, end in zip(
                 self.names, self.offsets, self.offsets[1:], strict=False
             )
-            if name.endswith(suffix)
+            if "bias" in name.split("_")
         ]
         return torch.cat([torch.empty(0, dtype=torch.int64), *ranges]).to(self.device)
 

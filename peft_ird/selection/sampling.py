@@ -9,6 +9,10 @@ from torch import Tensor, nn
 __all__ = ["check_labels", "with_sampled_labels"]
 
 _IGNORED = -100
+_NOTHING_TO_DRAW = (
+    "fisher='sampled' draws labels from the logits of a Hugging Face model and needs "
+    "samples with `labels`; use fisher='empirical' here."
+)
 
 
 def check_labels(batch: Any, model: nn.Module, position: int) -> None:
@@ -76,7 +80,9 @@ def with_sampled_labels(
     Raises:
         ValueError: If the batch has no such labels.
     """
-    if isinstance(batch, Mapping) and "start_positions" in batch:
+    if not isinstance(batch, Mapping) or not hasattr(model, "config"):
+        raise ValueError(_NOTHING_TO_DRAW)
+    if "start_positions" in batch:
         with torch.no_grad():
             output = model(**batch)
         return {
@@ -84,11 +90,8 @@ def with_sampled_labels(
             "start_positions": _draw(output.start_logits, generator),
             "end_positions": _draw(output.end_logits, generator),
         }
-    if not isinstance(batch, Mapping) or "labels" not in batch:
-        raise ValueError(
-            "fisher='sampled' draws labels from the model's logits and needs samples "
-            "with `labels`; use fisher='empirical' here."
-        )
+    if "labels" not in batch:
+        raise ValueError(_NOTHING_TO_DRAW)
     drawn = dict(batch)
     if getattr(model.config, "is_encoder_decoder", False):
         # The decoder reads the true prefix; only the targets are drawn.

@@ -43,18 +43,19 @@ def check_schedule(schedule: Any) -> str | list[tuple[int, float]]:
                 f"density), got {schedule!r}."
             )
         return schedule
-    pairs = [tuple(pair) for pair in schedule]
+    try:
+        pairs = [(n, density) for n, density in schedule]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`schedule` must be 'halving', 'paper' or a list of (num_samples, "
+            f"density), got {schedule!r}."
+        ) from error
     if not pairs:
         raise ValueError(
             "`schedule` is empty; give at least one (num_samples, density)."
         )
     for pair in pairs:
-        if (
-            len(pair) != 2
-            or pair[0] != int(pair[0])
-            or pair[0] < 1
-            or not 0 < pair[1] <= 1
-        ):
+        if not isinstance(pair[0], int) or pair[0] < 1 or not 0 < pair[1] <= 1:
             raise ValueError(
                 "Each cell of `schedule` must be (num_samples, density) with "
                 f"num_samples >= 1 and density in (0, 1], got {pair}."
@@ -65,7 +66,7 @@ def check_schedule(schedule: Any) -> str | list[tuple[int, float]]:
                 f"`schedule` must not grow, but {after} follows {before}. Order the "
                 "cells from large to small."
             )
-    return [(int(n), float(density)) for n, density in pairs]
+    return [(n, float(density)) for n, density in pairs]
 
 
 def plan_cells(

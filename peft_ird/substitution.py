@@ -1,0 +1,61 @@
+"""Calling a module with other parameters than its own."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+__all__ = ["call_with_parameters", "with_parameters"]
+
+
+def call_with_parameters(
+    module: nn.Module,
+    parameters: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a module, or the one inside tuner layers, with other parameters.
+
+    Args:
+        module: The module; it is as before afterwards.
+        parameters: Tensors to compute with, by parameter name.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        What the module returns.
+    """
+    chain = [module]
+    while isinstance(chain[-1], BaseTunerLayer):
+        chain.append(chain[-1].base_layer)
+    # A shallow copy breaks a compiled graph, and a forward that accelerate put on the
+    # instance is bound to the original: there the module itself is lent the tensors.
+    if torch.compiler.is_compiling() or any("forward" in m.__dict__ for m in chain):
+        prefix = "base_layer." * (len(chain) - 1)
+        named = {prefix + name: tensor for name, tensor in parameters.items()}
+        return torch.func.functional_call(module, named, args, kwargs)
+    return with_parameters(module, parameters)(*args, **kwargs)
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """Return a shallow copy of a module that computes with other parameters.
+
+    Everything else is shared with the module, which is not touched: other threads and
+    errors inside the call never see it changed.
+
+    Args:
+        module: A module, or a tuner layer around one.
+        parameters: Tensors to compute with, by parameter name.
+    """
+    clone = copy.copy(module)
+    if isinstance(module, BaseTunerLayer):
+        inner = with_parameters(module.base_layer, parameters)
+        clone._modules = {**module._modules, "base_layer": inner}
+    else:
+        for name in parameters:  # FSDP keeps views of its flat parameter there
+            clone.__dict__.pop(name, None)
+        clone._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
+    return clone

@@ -1,0 +1,94 @@
+"""The examples run from the command line, on tiny models without any network."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertModel,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+)
+
+from tests.conftest import bert_config, gpt2_config
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.slow
+
+
+def tiny_checkpoint(folder: Path, kind: str) -> Path:
+    """Save a tiny model and a tokenizer of single characters."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", 2)]
+    )
+    special = {"unk_token": "[UNK]"}
+    if kind == "bert":
+        model = BertModel(bert_config(max_position_embeddings=128))
+        special["pad_token"] = "[PAD]"
+    else:
+        model = GPT2Model(gpt2_config(n_positions=128))
+        special["eos_token"] = "[SEP]"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(
+        folder
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_quickstart(*arguments: str | Path) -> str:
+    command = [sys.executable, EXAMPLES / "quickstart.py", *arguments]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SMALL = ["--epochs", "1", "--max-train", "48", "--max-eval", "16", "--num-samples", "8"]
+
+
+def check_results(folder: Path, printed: str) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    ird, lora = results["runs"]
+    assert (ird["method"], lora["method"]) == ("IRD", "LoRA")
+    assert ird["adapter_parameters"] == lora["adapter_parameters"] > 0
+    assert ird["head_parameters"] == lora["head_parameters"]
+    entries = sum(place["entries"] for place in ird["places"].values())
+    assert entries == ird["adapter_parameters"]
+    assert f"{ird['adapter_parameters']:,}" in printed
+    assert (folder / "selection.png").stat().st_size > 1000
+    assert (folder / "ird" / "adapter_model.safetensors").exists()
+
+
+def test_the_quickstart_on_a_tiny_bert(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "bert")
+    printed = run_quickstart("--model", model, "--output-dir", tmp_path / "out", *SMALL)
+    check_results(tmp_path / "out", printed)
+
+
+def test_the_quickstart_on_parquet_files_and_a_model_without_padding(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "sentence1": ["a b c", "d e", "f g h i", "k l"] * 12,
+        "sentence2": ["b c", "e f g", "h", "l m n"] * 12,
+        "label": [0.5, 4.0, 2.5, 1.0] * 12,
+        "idx": list(range(48)),
+    }
+    folder = tmp_path / "glue" / "stsb"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(rows).to_parquet(str(folder / f"{split}.parquet"))
+    model = tiny_checkpoint(tmp_path / "model", "gpt2")
+    printed = run_quickstart(
+        "--model", model, "--task", "stsb", "--data-dir", tmp_path / "glue",
+        "--output-dir", tmp_path / "out", *SMALL,
+    )  # fmt: skip
+    check_results(tmp_path / "out", printed)
