@@ -1,5 +1,6 @@
 """The examples run from the command line, on tiny models without any network."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -41,6 +42,20 @@ def tiny_checkpoint(folder: Path, kind: str) -> Path:
     )
     model.save_pretrained(folder)
     return folder
+
+
+def test_the_grammar_is_balanced_and_its_words_are_held_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    tasks = importlib.import_module("tasks")
+    training = tasks.write_sentences(400, tasks.TRAINING, 0)
+    held_out = tasks.write_sentences(400, tasks.HELD_OUT, 0)
+    assert training == tasks.write_sentences(400, tasks.TRAINING, 0)
+    for rows in (training, held_out):
+        assert len({row["sentence"] for row in rows}) == 400
+        assert sum(row["label"] for row in rows) == 200
+    kinds = vars(tasks.TRAINING)
+    for kind, words in kinds.items():
+        assert not set(words.split()) & set(vars(tasks.HELD_OUT)[kind].split())
 
 
 def run_quickstart(*arguments: str | Path) -> str:

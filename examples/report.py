@@ -1,0 +1,63 @@
+"""The quickstart's report: what one training run gave, and runs beside each other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Places", "Run", "describe", "format_table"]
+
+Array = np.ndarray[Any, Any]
+Places = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training one adapter gave."""
+
+    method: str
+    metric: str
+    before: float
+    after: float
+    adapter_parameters: int
+    head_parameters: int
+    selection_seconds: float
+    training_seconds: float
+    peak_bytes: int
+    adapter: str
+    adapter_bytes: int
+    places: Places
+    logits: Array
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything that JSON can hold."""
+        return {k: v for k, v in asdict(self).items() if k != "logits"}
+
+
+def describe(run: Run) -> str:
+    """Say in one line what was selected."""
+    used = [place["rows"] for place in run.places.values()]
+    return (
+        f"{run.method} selected {run.adapter_parameters:,} weights in {len(used)} "
+        f"modules, in {min(used):.0%} to {max(used):.0%} of their rows.\n"
+    )
+
+
+def format_table(runs: Sequence[Run]) -> str:
+    """Lay the runs out beside each other, one per column."""
+    rows: list[tuple[str, Callable[[Run], str]]] = [
+        ("", lambda run: run.method),
+        (f"{runs[0].metric} before", lambda run: f"{run.before:.3f}"),
+        (f"{runs[0].metric} after", lambda run: f"{run.after:.3f}"),
+        ("trained parameters", lambda run: f"{run.adapter_parameters:,}"),
+        ("  and in the head", lambda run: f"{run.head_parameters:,}"),
+        ("seconds to select", lambda run: f"{run.selection_seconds:.1f}"),
+        ("seconds to train", lambda run: f"{run.training_seconds:.1f}"),
+        ("peak memory, MiB", lambda run: f"{run.peak_bytes / 2**20:,.0f}"),
+        ("adapter, bytes", lambda run: f"{run.adapter_bytes:,}"),
+    ]
+    return "\n".join(
+        f"{title:<24}" + "".join(f"{cell(run):>12}" for run in runs)
+        for title, cell in rows
+    )
