@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    fresh = with_table(text, "quickstart", quickstart_table("quickstart"))
+    fresh = with_table(text, "quickstart", quickstart_table())
     if options.check and fresh != text:
         print("README.md is stale; run `python benchmarks/tables.py`.")
         return 1
@@ -74,34 +74,60 @@ def with_table(text: str, name: str, table: str) -> str:
     return replaced
 
 
-def quickstart_table(name: str) -> str:
+def quickstart_table() -> str:
     """Return mean and standard deviation over seeds, one column per method."""
-    files = sorted(RESULTS.glob(f"{name}-*.json"))
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    methods = [run["method"] for run in results[0]["runs"]]
+    plain, random = load("quickstart"), load("quickstart-random")
+    columns = {
+        "IRD": select(plain, "IRD"),
+        "random mask": select(random, "RANDOM"),
+        "LoRA": select(plain, "LoRA"),
+    }
+    rates = {
+        "IRD": plain[0]["options"]["ird_lr"],
+        "random mask": random[0]["options"]["ird_lr"],
+        "LoRA": plain[0]["options"]["lora_lr"],
+    }
     lines = [
-        f"| | {' | '.join(methods)} |",
-        f"|---|{'---:|' * len(methods)}",
+        f"| | {' | '.join(columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+        f"| learning rate | {' | '.join(f'{rates[name]:g}' for name in columns)} |",
     ]
     for title, value, form in ROWS:
-        cells = []
-        for method in methods:
-            runs = [
-                r for each in results for r in each["runs"] if r["method"] == method
-            ]
-            cells.append(mean_and_spread([value(run) for run in runs], form))
+        cells = [
+            mean_and_spread([value(run) for run in runs], form)
+            for runs in columns.values()
+        ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    first = results[0]
+    first = plain[0]
     versions = ", ".join(
         f"{library} {first['versions'][library].partition('+')[0]}"
         for library in ("torch", "peft", "transformers")
     )
     note = (
-        f"Mean ± standard deviation over {len(results)} seeds, "
+        f"Mean ± standard deviation over {len(plain)} seeds, "
         f"{first['machine']['cores']} CPU cores, {versions}; "
-        f"files in `benchmarks/results/{name}-*.json`."
+        "files in `benchmarks/results`."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    """Read the result files of a name, one per seed.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    files = [p for p in RESULTS.glob("*.json") if re.fullmatch(rf"{name}-\d+", p.stem)]
+    if not files:
+        raise FileNotFoundError(
+            f"No results named '{name}' in {RESULTS.name}; run benchmarks/run.py."
+        )
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
+
+
+def select(results: Sequence[dict[str, Any]], method: str) -> list[Run]:
+    """Return the runs of one method, one per seed."""
+    return [run for each in results for run in each["runs"] if run["method"] == method]
 
 
 def mean_and_spread(values: Sequence[float], form: Callable[[float], str]) -> str:

@@ -141,13 +141,13 @@ class Setup:
         datasets.disable_progress_bars()
         self.options = options
         self.task = load_task(options)
-        tokenizer = load_tokenizer(options.model)
-        self.train = self.task.tokens("train", tokenizer)
-        self.evaluation = self.task.tokens("evaluation", tokenizer)
-        self.collate = DataCollatorWithPadding(tokenizer)
+        self.tokenizer = load_tokenizer(options.model)
+        self.train = self.task.tokens("train", self.tokenizer)
+        self.evaluation = self.task.tokens("evaluation", self.tokenizer)
+        self.collate = DataCollatorWithPadding(self.tokenizer)
         self.model_options = {
             "num_labels": self.task.num_labels,
-            "pad_token_id": tokenizer.pad_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
             "dtype": torch.float32,
         }
 
@@ -249,6 +249,7 @@ def train_and_save(
     outcome = trainer.predict(setup.evaluation)
     folder = Path(setup.options.output_dir, method.lower())
     model.save_pretrained(str(folder))
+    setup.tokenizer.save_pretrained(str(folder))
     in_adapter, in_head = count_trained(model)
     return Run(
         method=method,

@@ -69,12 +69,12 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     num_samples: int | None = option(
         None,
         "Calibration samples to start from, drawn by `seed`. Default: 128, or all "
-        "where there are fewer.",
+        "where there are fewer. A `schedule` other than 'halving' has its own.",
     )
     initial_density: float | None = option(
         None,
-        "Density that range decreasing starts from. Default: 0.025, or four times "
-        "`density` (at most 1) from there on.",
+        "Density that 'halving' starts from. Default: 0.025, or four times `density` "
+        "(at most 1) from there on.",
     )
     schedule: str | list[tuple[int, float]] = option(
         "halving",

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird.layer import Deltas, IRDLayer
@@ -38,16 +39,26 @@ class Affine(IRDLayer):
         if not any(is_low_precision(w) or w.is_meta for w in weights):
             return super()._run(deltas, *args, **kwargs)
         output = self.base_layer(*args, **kwargs)
-        dense = {name: sum_dense(found, output.dtype) for name, found in deltas.items()}
-        return output + self._output_share(dense, *args, **kwargs)
+        dense = {
+            name: sum_dense(found, torch.float32) for name, found in deltas.items()
+        }
+        return output + self._output_share(dense, *args, **kwargs).to(output.dtype)
 
     def _output_share(
         self, dense: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return what dense deltas add to the output: f(delta) - f(0)."""
+        """Return what dense deltas add to the output: f(delta) - f(0), in float32.
+
+        The difference may be small beside its terms, as in norms that multiply by
+        1 + weight.
+        """
         base = self.get_base_layer()
-        own = base.named_parameters(recurse=False)
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in own}
+        device = next(iter(dense.values())).device
+        zeros = {
+            name: torch.zeros(parameter.shape, device=device)
+            for name, parameter in base.named_parameters(recurse=False)
+        }
+        args, kwargs = tree_map_only(Tensor, _raised, (args, kwargs))
 
         def output(parameters: Mapping[str, Tensor]) -> Tensor:
             result: Tensor
@@ -61,6 +72,10 @@ class Affine(IRDLayer):
             return result
 
         return output({**zeros, **dense}) - output(zeros)
+
+
+def _raised(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class Norm(Affine):
@@ -95,7 +110,7 @@ class Linear(Affine):
 
     @staticmethod
     def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x.to(weight), weight, bias)
+        return F.linear(x, weight.to(x), None if bias is None else bias.to(x))
 
 
 class TransposedLinear(Linear):
@@ -107,7 +122,7 @@ class TransposedLinear(Linear):
 
     @staticmethod
     def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x.to(weight), weight.T, bias)
+        return Linear._multiply(x, weight.T, bias)
 
 
 class CustomLinear(IRDLayer):

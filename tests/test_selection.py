@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
 from peft_ird.selection.fisher import FisherEstimator, borrowed
+from peft_ird.selection.sampling import with_sampled_labels
 from peft_ird.targets import find_candidates
 from tests import oracles
 from tests.conftest import as_batch, make_model, make_samples, task_type
@@ -462,8 +463,6 @@ def test_sampled_labels_of_a_classifier_follow_its_predictions():
     with torch.no_grad():
         model.classifier.weight.mul_(40)
         chance = model(**batch).logits.softmax(-1)[0, 1].item()
-    from peft_ird.selection.sampling import with_sampled_labels  # noqa: PLC0415
-
     generator = torch.Generator().manual_seed(0)
     drawn = [
         with_sampled_labels(batch, model, generator)["labels"].item()
@@ -471,6 +470,27 @@ def test_sampled_labels_of_a_classifier_follow_its_predictions():
     ]
     deviation = (chance * (1 - chance) / 800) ** 0.5
     assert abs(sum(drawn) / 800 - chance) < 4 * deviation + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["llama-untied", "t5", "bert-tokens"])
+def test_sampled_labels_come_from_the_position_that_predicts_them(kind):
+    """With logits this large, the draw is the most likely class."""
+    model = make_model(kind).double()
+    head = model.classifier if kind == "bert-tokens" else model.lm_head
+    batch = as_batch(make_samples(kind, 1)[0])
+    given = dict(batch)
+    with torch.no_grad():
+        head.weight.mul_(1e9)
+        logits = model(**batch).logits
+    drawn = with_sampled_labels(batch, model, torch.Generator().manual_seed(0))[
+        "labels"
+    ]
+    best = logits.argmax(-1)
+    if kind == "llama-untied":
+        best, drawn = best[:, :-1], drawn[:, 1:]
+        given["labels"] = given["labels"][:, 1:]
+    expected = torch.where(given["labels"] == -100, -100, best)
+    assert torch.equal(drawn, expected)
 
 
 def test_the_sampled_fisher_converges_to_the_true_one():

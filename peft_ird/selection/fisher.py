@@ -143,7 +143,9 @@ class FisherEstimator:
             loss = self._loss(position)
             found = torch.autograd.grad(loss, pool.parameters, allow_unused=True)
             gradients = {
-                i: g.reshape(-1).to(pool.device, pool.accumulator_dtype)
+                i: (g.to_dense() if g.is_sparse else g)
+                .reshape(-1)
+                .to(pool.device, pool.accumulator_dtype)
                 for i, g in enumerate(found)
                 if g is not None
             }

@@ -1,0 +1,54 @@
+"""On a CUDA device: the same selection and output as on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.testing import assert_close
+
+from peft_ird import IRDConfig, select_parameters
+from tests.conftest import make_batch, make_model, make_samples, task_type
+from tests.oracles import TOL
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def config(name: str) -> IRDConfig:
+    return IRDConfig(
+        task_type=task_type(name), density=0.02, num_samples=8, initial_density=0.1,
+        init_weights=False,
+    )  # fmt: skip
+
+
+def test_the_selection_is_that_of_the_cpu(name):
+    data = make_samples(name)
+    here = select_parameters(make_model(name).double(), config(name), data)
+    there = select_parameters(make_model(name).double().cuda(), config(name), data)
+    assert here.samples == there.samples
+    assert here.counts == there.counts
+    for module, parameters in here.indices.items():
+        for parameter, indices in parameters.items():
+            assert torch.equal(indices, there.indices[module][parameter])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_trains_and_merges_as_on_the_cpu(name, dtype):
+    settings = config(name)
+    settings.calibration = make_samples(name)
+    model = get_peft_model(make_model(name), settings).eval()
+    moved = copy.deepcopy(model).to("cuda", dtype)
+    batch = make_batch(name)
+    on_device = {k: v.cuda() for k, v in batch.items()}
+    expected, output = model(**batch), moved(**on_device)
+    assert_close(output.logits.cpu().float(), expected.logits, **TOL[dtype])
+    output.loss.backward()
+    values = [p for n, p in moved.named_parameters() if "irdelta" in n]
+    assert all(p.grad.isfinite().all() for p in values)
+    before = {n: p.clone() for n, p in moved.named_parameters()}
+    moved.merge_adapter()
+    moved.unmerge_adapter()
+    assert all(torch.equal(p, before[n]) for n, p in moved.named_parameters())
