@@ -151,8 +151,10 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*was active which is now deleted")
             super().delete_adapter(adapter_name)
+        if adapter_name not in active:
+            return
         left = [name for name in active if name != adapter_name]
-        if not left and adapter_name in active:
+        if not left:
             left = list(self.peft_config)[:1]
             warnings.warn(
                 f"Adapter {adapter_name} was active which is now deleted. Setting "
