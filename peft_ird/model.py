@@ -191,8 +191,6 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
     def _check_merge_allowed(self) -> None:
         """Do nothing: merging writes into the shared parameter itself."""
 
-    # ---- saving and loading ----
-
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -250,6 +248,7 @@ def _settle(
     if state_dict is not None:
         counts = entry_counts(state_dict)
         shapes = parameter_shapes(model, counts)
+        config.selection = None
     elif config.awaits_weights:
         assert config.nnz_pattern is not None
         counts = config.nnz_pattern
