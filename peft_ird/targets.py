@@ -1,6 +1,5 @@
 """The parameters that a configuration targets, and the selection among them."""
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +31,6 @@ __all__ = [
     "resolve_targets",
     "select_parameters",
 ]
-
-logger = logging.getLogger(__name__)
 
 # Their parameters are read by the parent; nobody calls them.
 _CONTAINERS = (
