@@ -28,8 +28,7 @@ import peft
 import torch
 import transformers
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
-from picture import draw_selection
-from report import Places, Run, describe, format_table
+from report import Run, format_table
 from tasks import Task, load_tokenizer
 from torch import nn
 from transformers import (
@@ -42,7 +41,9 @@ from transformers import (
 )
 
 import peft_ird
-from peft_ird import Calibration, IRDConfig
+from peft_ird import Calibration, IRDConfig, Selection, select_parameters
+from peft_ird.search.plot import plot_selection, plot_stages
+from peft_ird.selection.places import Place
 
 Array = np.ndarray[Any, Any]
 
@@ -76,11 +77,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     text = json.dumps(results, indent=2)
     (folder / "results.json").write_text(text, encoding="utf-8")
-    draw_selection(ird.places, folder / "selection.png")
-    print(describe(ird))
+    selection = Selection.load(folder / "selection.safetensors")
+    plot_selection(selection, folder / "selection.png")
+    plot_stages(selection, folder / "stages.png")
+    print(selection.summary(), end="\n\n")
     print(format_table([ird, lora]))
     print("\nReloaded in fresh processes, both predict the same, bit for bit.")
-    print(f"{results['seconds']:.0f} s in all. Adapters, results, picture: {folder}")
+    print(f"{results['seconds']:.0f} s in all. Adapters, results, pictures: {folder}")
     return results
 
 
@@ -215,9 +218,12 @@ def train_ird(options: argparse.Namespace, budget: int) -> Run:
         num_samples=min(options.num_samples, len(setup.train)),
         seed=options.seed,
     )
+    # get_peft_model would select by itself; here the selection is wanted for a report.
+    config.selection = selection = select_parameters(model, config)
     model = get_peft_model(model, config)
     seconds = time.perf_counter() - start
-    places = where_entries_lie(model)
+    selection.save(Path(options.output_dir, "selection.safetensors"))
+    places = selection.places()
     method = options.method.upper()
     return train_and_save(setup, model, method, options.ird_lr, seconds, places)
 
@@ -238,7 +244,7 @@ def train_and_save(
     method: str,
     learning_rate: float,
     selection_seconds: float = 0.0,
-    places: Places | None = None,
+    places: dict[str, Place] | None = None,
 ) -> Run:
     """Evaluate, train, evaluate and save: the same for both methods."""
     trainer = setup.trainer(model, learning_rate)
@@ -286,21 +292,6 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def where_entries_lie(model: peft.PeftModel) -> Places:
-    """Return, by module, the number of selected entries and the share of rows used."""
-    config = model.peft_config["default"]
-    places = {}
-    for name, counts in config.nnz_pattern.items():
-        layer = model.base_model.model.get_submodule(name)
-        used = 0.0
-        if "weight" in counts:
-            rows, columns = config.shape_pattern[name]["weight"]
-            indices = layer.irdelta_indices["default"]["weight"]
-            used = (indices // columns).unique().numel() / rows
-        places[name] = {"entries": sum(counts.values()), "rows": used}
-    return places
 
 
 def count_trained(model: peft.PeftModel) -> tuple[int, int]:

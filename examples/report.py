@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Places", "Run", "describe", "format_table"]
+from peft_ird.selection.places import Place
+
+__all__ = ["Run", "format_table"]
 
 Array = np.ndarray[Any, Any]
-Places = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,12 @@ class Run:
     peak_bytes: int
     adapter: str
     adapter_bytes: int
-    places: Places
+    places: dict[str, Place]
     logits: Array
 
     def facts(self) -> dict[str, Any]:
         """Return everything that JSON can hold."""
         return {k: v for k, v in asdict(self).items() if k != "logits"}
-
-
-def describe(run: Run) -> str:
-    """Say in one line what was selected."""
-    used = [place["rows"] for place in run.places.values()]
-    return (
-        f"{run.method} selected {run.adapter_parameters:,} weights in {len(used)} "
-        f"modules, in {min(used):.0%} to {max(used):.0%} of their rows.\n"
-    )
 
 
 def format_table(runs: Sequence[Run]) -> str:

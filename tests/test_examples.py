@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from peft_ird import Selection
 from tests.conftest import bert_config, gpt2_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -78,8 +79,11 @@ def check_results(folder: Path, printed: str) -> None:
     assert ird["head_parameters"] == lora["head_parameters"]
     entries = sum(place["entries"] for place in ird["places"].values())
     assert entries == ird["adapter_parameters"]
-    assert f"{ird['adapter_parameters']:,}" in printed
-    assert (folder / "selection.png").stat().st_size > 1000
+    selection = Selection.load(folder / "selection.safetensors")
+    assert len(selection) == entries
+    assert selection.summary() in printed
+    for picture in ("selection.png", "stages.png"):
+        assert (folder / picture).stat().st_size > 1000
     assert (folder / "ird" / "adapter_model.safetensors").exists()
 
 

@@ -1,0 +1,1 @@
+"""What is built on the tuner: pictures of selections."""
