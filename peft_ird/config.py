@@ -10,18 +10,20 @@ from peft.config import PeftConfig
 from peft_ird._registration import IRD
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.criteria import METHODS, NEEDS_DATA
+from peft_ird.selection.entries import SCOPES
 from peft_ird.selection.schedule import check_schedule
 from peft_ird.selection.selection import Selection
 from peft_ird.sparse.storage import check_adapter_file
 
 __all__ = ["IRDConfig"]
 
-_RUNTIME_ONLY = ("calibration", "selection")
+_RUNTIME_ONLY = ("calibration", "selection", "memory_limit")
 _CHOICES = {
     "method": METHODS,
     "sample_score": ("selected", "all"),
     "fisher": ("empirical", "sampled"),
-    "scope": ("global", "per_module"),
+    "sample_scaling": ("none", "length", "loss"),
+    "scope": SCOPES,
 }
 
 
@@ -71,6 +73,12 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         "Calibration samples to start from, drawn by `seed`. Default: 128, or all "
         "where there are fewer. A `schedule` other than 'halving' has its own.",
     )
+    num_ranked_samples: int | None = option(
+        None,
+        "Samples to rank by their squared gradient over all candidates before "
+        "anything else; the best of them are those to start from. Default: none, they "
+        "are drawn by `seed` alone.",
+    )
     initial_density: float | None = option(
         None,
         "Density that 'halving' starts from. Default: 0.025, or four times `density` "
@@ -91,6 +99,16 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         "Entries that a sample's score sums over: 'selected' (the current ones) or "
         "'all' candidates.",
     )
+    sample_scaling: str = option(
+        "none",
+        "What a sample's score is divided by: 'none', 'length' (its tokens) or 'loss' "
+        "(its loss squared, so that badly predicted samples do not win by that alone).",
+    )
+    trim_samples: float = option(
+        0.0,
+        "Share of the samples, in [0, 1), that is left out as outliers whenever "
+        "samples are ranked: those that would come first.",
+    )
     fisher: str = option(
         "empirical",
         "Labels of the Fisher information: 'empirical' (the data's) or 'sampled' "
@@ -99,7 +117,21 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     scope: str = option(
         "global",
         "'global': one budget for all; 'per_module': each module gets its share by "
-        "size.",
+        "size; 'balanced': one budget, each module's scores divided by their mean.",
+    )
+    head_warmup_steps: int = option(
+        0,
+        "Steps of 32 samples that the head is trained for before gradients are taken; "
+        "afterwards it is as fresh as before.",
+    )
+    head_warmup_learning_rate: float = option(
+        1e-3,
+        "Learning rate of that warm-up, with Adam.",
+    )
+    memory_limit: int | None = option(
+        None,
+        "Bytes beyond the model that the selection may take. Default: no limit, but "
+        "at most 2 GiB of kept gradients. Kept at run time only.",
     )
     seed: int = option(
         0,
@@ -209,14 +241,24 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
                 continue
             if not isinstance(share, float | int) or not 0 < share <= 1:
                 raise ValueError(f"`{name}` must lie in (0, 1], got {share!r}.")
-        for name in ("budget", "num_samples"):
-            number = getattr(self, name)
-            if number is None:
-                continue
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(
-                    f"`{name}` must be a whole number of at least 1, got {number!r}."
-                )
+        for name in ("budget", "num_samples", "num_ranked_samples", "memory_limit"):
+            self._check_whole(name, at_least=1)
+        self._check_whole("head_warmup_steps", at_least=0)
+        if not 0 <= self.trim_samples < 1:
+            raise ValueError(
+                f"`trim_samples` must lie in [0, 1), got {self.trim_samples!r}."
+            )
+
+    def _check_whole(self, name: str, at_least: int) -> None:
+        number = getattr(self, name)
+        if number is None:
+            return
+        is_whole = isinstance(number, int) and not isinstance(number, bool)
+        if not is_whole or number < at_least:
+            raise ValueError(
+                f"`{name}` must be a whole number of at least {at_least}, got "
+                f"{number!r}."
+            )
 
     @property
     def needs_data(self) -> bool:

@@ -46,7 +46,10 @@ _HEADS = {
 
 
 def select_parameters(
-    model: nn.Module, config: IRDConfig, calibration: Calibration | Any | None = None
+    model: nn.Module,
+    config: IRDConfig,
+    calibration: Calibration | Any | None = None,
+    memory_limit: int | None = None,
 ) -> Selection:
     """Choose the entries to train, as the config says; nothing is injected.
 
@@ -56,6 +59,8 @@ def select_parameters(
             ``requires_grad``, hooks and random state.
         config: The configuration; it is not changed.
         calibration: The data, where the method needs it. Default: the config's own.
+        memory_limit: Bytes beyond the model for accumulators, activations and kept
+            gradients. Default: the config's own.
 
     Returns:
         The selection, for ``get_peft_model(model, IRDConfig(selection=selection))``.
@@ -69,8 +74,15 @@ def select_parameters(
         calibration = Calibration.of(calibration)
     base = base_model(model)
     pool = find_candidates(base, config)
+    head = [
+        parameter
+        for name, module in base_modules(base)
+        if is_in_head(name, config)
+        for parameter in module.parameters(recurse=False)
+    ]
+    limit = config.memory_limit if memory_limit is None else memory_limit
     with _adapters_off(base):
-        return select(base, pool, calibration, config)
+        return select(base, pool, calibration, config, head, limit)
 
 
 def find_candidates(model: nn.Module, config: IRDConfig) -> Pool:

@@ -194,7 +194,7 @@ def test_a_gradient_that_is_not_finite_is_named():
         return model(**batch).logits.sum().mul(0).sqrt()
 
     refused(
-        "gradient of 'bert.* is not finite on calibration sample 0",
+        r"gradient of 'bert.* is not finite on calibration sample \d",
         make_model("bert"),
         config(density=0.1),
         Calibration(make_samples("bert", 8), loss=loss),

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
-from peft_ird.selection.fisher import FisherEstimator, borrowed
+from peft_ird.selection.fisher import FisherEstimator
+from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.sampling import with_sampled_labels
 from peft_ird.targets import find_candidates
 from tests import oracles
@@ -57,18 +58,33 @@ def config(name: str, **options) -> IRDConfig:
     return IRDConfig(task_type=task_type(name), **options)
 
 
+def joined(stream) -> torch.Tensor:
+    """One flat tensor of what is yielded parameter by parameter."""
+    return torch.cat([scores for _, scores in stream])
+
+
+def parts_of(pool, positions: torch.Tensor) -> list[torch.Tensor]:
+    """Positions in the concatenation, cut into positions in each parameter."""
+    parts, start = [], 0
+    for size in pool.sizes:
+        inside = positions[(positions >= start) & (positions < start + size)]
+        parts.append(inside - start)
+        start += size
+    return parts
+
+
 def test_fisher_and_scores_equal_the_one_sample_oracle(any_name):
     model, calibration, gradients = problem(any_name)
     pool = find_candidates(model, config(any_name, density=0.1))
     assert [".".join(pair) for pair in pool.names] == candidate_names(model)
     samples = tuple(range(12))
     entries = torch.arange(0, len(pool), 3)
-    with borrowed(model, pool.parameters):
+    with borrowed(model):
         estimator = FisherEstimator(model, pool, calibration)
-        fisher = estimator.fisher(samples)
+        fisher = joined(estimator.fisher(samples))
         over_all = estimator.sample_scores(samples, None)
-        over_some = estimator.sample_scores(samples, entries)
-        gradient = estimator.mean_gradient(samples)
+        over_some = estimator.sample_scores(samples, parts_of(pool, entries))
+        gradient = joined(estimator.mean_gradient(samples))
     squares = gradients.square()
     assert_close(fisher, squares.mean(0), **TOL[torch.float64])
     assert_close(over_all, squares.sum(1), **TOL[torch.float64])
@@ -81,8 +97,9 @@ def test_fisher_in_float32_is_close_to_float64(name):
     model = make_model(name)
     pool = find_candidates(model, config(name, density=0.1))
     calibration = Calibration([as_batch(s) for s in make_samples(name)])
-    with borrowed(model, pool.parameters):
-        fisher = FisherEstimator(model, pool, calibration).fisher(tuple(range(12)))
+    with borrowed(model):
+        estimator = FisherEstimator(model, pool, calibration)
+        fisher = joined(estimator.fisher(tuple(range(12))))
     assert fisher.dtype == torch.float32
     expected = gradients.square().mean(0)
     assert_close(
@@ -443,10 +460,11 @@ def test_sampled_labels_depend_on_the_seed_alone(kind):
     pool = find_candidates(model, config(kind, density=0.1))
 
     def fisher(fisher_type, samples=(0, 1, 2, 3, 4, 5), seed=0):
-        with borrowed(model, pool.parameters):
-            return FisherEstimator(
+        with borrowed(model):
+            estimator = FisherEstimator(
                 model, pool, Calibration(data), fisher_type, seed
-            ).fisher(samples)
+            )
+            return joined(estimator.fisher(samples))
 
     one = fisher("sampled")
     assert torch.equal(one, fisher("sampled"))
@@ -503,11 +521,11 @@ def test_the_sampled_fisher_converges_to_the_true_one():
     # With the target drawn around the prediction, E (2 e)^2 = 2, so F = 2 (df/dw)^2.
     copies = Calibration([batch] * 1500)
     estimator = FisherEstimator(model, pool, copies, "sampled")
-    with borrowed(model, pool.parameters):
-        out = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.sum()
-        slopes = torch.autograd.grad(out, pool.parameters, allow_unused=True)
-        expected = torch.cat([2 * g.flatten().square() for g in slopes])
-        found = estimator.fisher(tuple(range(1500)))
+    out = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.sum()
+    slopes = torch.autograd.grad(out, pool.parameters, allow_unused=True)
+    expected = torch.cat([2 * g.flatten().square() for g in slopes])
+    with borrowed(model):
+        found = joined(estimator.fisher(tuple(range(1500))))
     big = expected > expected.max() * 1e-3
     # 1500 draws of chi-square: relative standard deviation (2 / 1500) ** 0.5 = 0.037
     assert ((found / expected)[big] - 1).abs().max() < 0.15

@@ -16,7 +16,10 @@ _LABELS = ("labels", "label", "label_ids")
 
 
 class Calibration:
-    """The examples that the Fisher information is estimated on, one at a time.
+    """The examples that the Fisher information is estimated on.
+
+    Every sample is collated alone, so that it does not depend on its neighbours; what
+    is computed in a batch is padded after that.
 
     Args:
         data: A ``datasets.Dataset``, a torch dataset, list or iterable of samples; a
@@ -26,8 +29,12 @@ class Calibration:
         collate_fn: Makes a batch of a list of samples, as for a ``DataLoader``. By
             default fields are turned into tensors with a leading dimension of one, and
             ``label`` becomes ``labels``.
-        loss: ``loss(model, batch)`` returns the scalar loss of a batch of one sample.
+        loss: ``loss(model, batch)`` returns the loss of a batch: the mean or sum of
+            its samples' losses, or one loss per sample, ``[n]``. A loss that mixes
+            samples in another way is found out and taken one sample at a time.
             Default: the ``loss`` of the model's own output.
+        batch_size: Samples in a batch while gradients are computed. Default: as many
+            as fit the memory, by length. The gradients do not depend on it.
 
     With the default loss, fields that the model's forward does not take are dropped
     before ``collate_fn`` sees them, as the Hugging Face Trainer does.
@@ -38,10 +45,14 @@ class Calibration:
         data: Any,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         loss: Loss | None = None,
+        batch_size: int | None = None,
     ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.data = data
         self.collate_fn = collate_fn
         self.loss = loss
+        self.batch_size = batch_size
         self._samples: Sequence[Any] | None = None
         self._is_batched = False
 
@@ -54,11 +65,11 @@ class Calibration:
         return len(self._rows())
 
     def batch(self, position: int, model: nn.Module) -> Any:
-        """Return sample ``position`` as a batch of one, on the model's device.
+        """Return sample ``position`` as a batch of one.
 
         Args:
             position: Position in the data, from 0.
-            model: The model that it is for.
+            model: The model that it is for; fields that it does not take are dropped.
         """
         batch = sample = self._rows()[position]
         if not self._is_batched:
@@ -67,11 +78,10 @@ class Calibration:
             batch = (self.collate_fn or _collate)([sample])
         if self.loss is None and isinstance(batch, Mapping):
             batch = _as_tensors(batch)
-        device = next(model.parameters()).device
-        return tree_map_only(Tensor, lambda t: t.to(device), batch)
+        return batch
 
-    def sample_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the loss of a batch of one sample, as a scalar.
+    def batch_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss that the model, or the loss given, has for a batch.
 
         Raises:
             ValueError: If the model gives no loss, as without labels.

@@ -2,56 +2,47 @@ r"""Diagonal Fisher information of single samples.
 
 The gradient of sample n is that of its own loss, :math:`g_n = \partial \ell_n /
 \partial \theta`, and :math:`F_X[j] = \frac{1}{|X|} \sum_{n \in X} g_n[j]^2` (Sung et
-al., 2021, arXiv:2111.09839). One sample goes through the model at a time.
+al., 2021, arXiv:2111.09839).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from peft_ird.selection.calibration import Calibration
+from peft_ird.selection.gradients.engine import Engine, Limits
+from peft_ird.selection.gradients.ranks import Ranks
+from peft_ird.selection.gradients.singles import Singles
+from peft_ird.selection.gradients.statistics import (
+    GradientSum,
+    Scores,
+    SquareSum,
+    SquareSumAt,
+    Statistic,
+)
+from peft_ird.selection.gradients.where import Where
 from peft_ird.selection.pool import Pool
-from peft_ird.selection.randomness import own_randomness
-from peft_ird.selection.sampling import check_labels, with_sampled_labels
+from peft_ird.selection.warmup import warmed_up
 
-__all__ = ["FisherEstimator", "borrowed"]
+__all__ = ["FisherEstimator"]
 
+S = TypeVar("S", bound=Statistic)
 
-@contextmanager
-def borrowed(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Lend the model for gradients of ``trained``; it comes back as it was.
-
-    Inside, the model is in eval mode and only ``trained`` requires gradients. Modes,
-    ``requires_grad``, ``grad`` and the random state are restored, also on errors.
-    """
-    config: Any = getattr(model, "config", None)
-    problem_type = getattr(config, "problem_type", None)  # set by the first forward
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    with torch.random.fork_rng(), torch.enable_grad():
-        try:
-            model.eval()
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            if hasattr(config, "problem_type"):
-                config.problem_type = problem_type
+_ACCUMULATOR_BYTES = torch.float64.itemsize
+# In float16 the smallest gradients of a loss near one would underflow.
+_HALF_SCALE = 1024.0
 
 
 class FisherEstimator:
     """Fisher information of entries and scores of samples, from one-sample gradients.
+
+    Under ``torch.distributed`` every process takes its share of the samples, and all
+    get the same results; all must make the same calls.
 
     Args:
         model: The model; use it inside `borrowed`.
@@ -59,6 +50,13 @@ class FisherEstimator:
         calibration: The samples.
         fisher_type: ``"empirical"`` or ``"sampled"`` labels.
         seed: Seed of the sampled labels; a sample's labels do not depend on the order.
+        memory_limit: Bytes beyond the model for accumulators, activations and kept
+            gradients. Half of it is for accumulators; more parameters than that holds
+            are taken in groups, with a pass each. Default: no groups, and 2 GiB of
+            kept gradients.
+
+    Raises:
+        ValueError: If ``memory_limit`` is too small for the largest parameter.
     """
 
     def __init__(
@@ -68,122 +66,229 @@ class FisherEstimator:
         calibration: Calibration,
         fisher_type: str = "empirical",
         seed: int = 0,
+        memory_limit: int | None = None,
     ) -> None:
-        self.model = model
         self.pool = pool
-        self.calibration = calibration
-        self.fisher_type = fisher_type
-        self.seed = seed
-        self._cached: tuple[tuple[int, ...], Tensor] | None = None
+        self._seed = seed
+        self._ranks = Ranks()
+        limits = Limits(batch_size=calibration.batch_size)
+        self._groups = [list(range(len(pool.sizes)))]
+        if memory_limit is not None:
+            limits = _limits(pool, calibration, memory_limit)
+            self._groups = pool.groups(memory_limit // 2, _ACCUMULATOR_BYTES)
+        singles = Singles(model, pool, calibration, fisher_type, seed)
+        self._engine = Engine(singles, self._ranks, limits)
+        self._ranks.agree(
+            {
+                "number of samples": len(calibration),
+                "candidates": len(pool),
+                "seed": seed,
+                "memory limit": memory_limit,
+            }
+        )
+        if any(p.dtype == torch.float16 for p in pool.parameters):
+            self._engine.together.scale = _HALF_SCALE
 
-    def fisher(self, samples: tuple[int, ...]) -> Tensor:
-        """Return the diagonal Fisher information of all candidates.
+    @contextmanager
+    def head_warmed_up(
+        self,
+        head: Sequence[nn.Parameter],
+        samples: Sequence[int],
+        steps: int,
+        learning_rate: float,
+    ) -> Iterator[None]:
+        """Lend the model a head that was trained a little; it comes back as it was.
+
+        Args:
+            head: Parameters of the head.
+            samples: Positions of the samples that will be ranked.
+            steps: Steps of 32 samples, drawn from all calibration data.
+            learning_rate: Adam's.
+
+        Yields:
+            Nothing; the head is warm inside.
+
+        Raises:
+            ValueError: If there is no head.
+        """
+        self._engine.prepare(samples)
+        with warmed_up(self._engine, head, steps, learning_rate, self._seed):
+            yield
+
+    def remember(self, samples: Sequence[int]) -> None:
+        """Keep the gradients of as many samples as fit, for several passes over them.
+
+        Args:
+            samples: Positions in the calibration data.
+        """
+        self._engine.remember(samples)
+
+    def forget_all_but(self, samples: Sequence[int]) -> None:
+        """Drop kept gradients that passes over ``samples`` will not need."""
+        self._engine.forget(samples)
+
+    def batches(self, samples: Sequence[int]) -> list[list[int]]:
+        """Return the batches that samples are taken in, as positions.
+
+        Args:
+            samples: Positions in the calibration data.
+        """
+        self._engine.prepare(samples)
+        return [[s.position for s in batch] for batch in self._engine.batches(samples)]
+
+    def fisher(self, samples: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the diagonal Fisher information of all candidates.
 
         Args:
             samples: Positions in the calibration data.
 
         Returns:
-            Mean squared gradients. Shape ``[len(pool)]``, float32 or better.
+            Pairs of a parameter's number, in order, and mean squared gradients of its
+            entries, 1-D, float32 (float64 for a float64 model).
 
         Raises:
             ValueError: If a loss or gradient is not finite, labels are missing or out
                 of range, or a parameter gets no gradient from any sample.
         """
-        if self._cached is None or self._cached[0] != samples:
-            fisher = self._mean(
-                samples, "Fisher information", lambda total, g: total.addcmul_(g, g)
-            )
-            self._cached = (samples, fisher)
-        return self._cached[1]
+        return self._means(samples, SquareSum, "Fisher information")
 
-    def mean_gradient(self, samples: tuple[int, ...]) -> Tensor:
-        """Return the gradient of the mean loss. Shape ``[len(pool)]``."""
-        return self._mean(samples, "Gradients", lambda total, g: total.add_(g))
+    def mean_gradient(self, samples: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the gradient of the mean loss, as `fisher` does."""
+        return self._means(samples, GradientSum, "Gradients")
 
-    def _mean(
+    def _means(
+        self, samples: Sequence[int], kind: type[SquareSum], title: str
+    ) -> Iterator[tuple[int, Tensor]]:
+        self._engine.prepare(samples)
+        is_kept = self._engine.has_kept(samples)
+        if is_kept:
+            self._check_used(range(len(self.pool.sizes)), self._engine.kept_parts())
+        for group in self._groups:
+            # Passes over what is kept cost no model call, so each parameter has one.
+            for parts in [[part] for part in group] if is_kept else [group]:
+                make = partial(kind, self.pool, parts)
+                total = self._summed(samples, parts, make, title)
+                if not is_kept:
+                    self._check_used(parts, total.seen)
+                for part in parts:
+                    mean = total.totals.pop(part).div_(len(samples))
+                    yield part, mean.to(self.pool.dtype)
+
+    def _summed(
         self,
-        samples: tuple[int, ...],
+        samples: Sequence[int],
+        parts: Sequence[int],
+        make: Callable[[], S],
         title: str,
-        add: Callable[[Tensor, Tensor], Tensor],
-    ) -> Tensor:
-        total = self.pool.zeros()
-        views = self.pool.views(total)
-        unused = set(range(len(views)))
-        for _, gradients in self._gradients(samples, title):
-            for i, gradient in gradients.items():
-                unused.discard(i)
-                add(views[i], gradient)
-        self._check_used(unused)
-        return total.div_(len(samples))
+    ) -> S:
+        """Sum a statistic over samples and processes; low precision is scaled down."""
+        while True:
+            statistic = make()
+            self._engine.run(samples, parts, statistic, title)
+            tensors = statistic.tensors()
+            self._ranks.sum_(tensors)
+            if all(math.isfinite(t.sum()) for t in tensors):
+                return statistic
+            if self._engine.together.scale == 1.0:
+                self._engine.name_what_is_not_finite(samples, parts)
+            self._engine.together.scale = max(1.0, self._engine.together.scale / 32)
 
-    def sample_scores(self, samples: tuple[int, ...], entries: Tensor | None) -> Tensor:
+    def fisher_at(
+        self, samples: Sequence[int], entries: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the Fisher information of chosen entries, as `fisher` does.
+
+        Args:
+            samples: Positions in the calibration data.
+            entries: Sorted positions in each parameter, int64.
+        """
+        chosen = self._where(entries)
+        statistic = self._summed(
+            samples, list(chosen), partial(SquareSumAt, self.pool, chosen),
+            "Fisher information",
+        )  # fmt: skip
+        for part, total in statistic.totals.items():
+            yield part, total.div_(len(samples)).to(self.pool.dtype)
+
+    def sample_scores(
+        self, samples: Sequence[int], entries: Sequence[Tensor] | None
+    ) -> Tensor:
         r"""Return the score of each sample, :math:`\sum_{j \in P} g_n[j]^2`.
 
         Args:
             samples: Positions in the calibration data.
-            entries: Sorted flat positions to sum over; None for all candidates.
+            entries: Sorted positions in each parameter to sum over, int64; None for
+                all candidates.
 
         Returns:
             Scores in the order of ``samples``. Shape ``[len(samples)]``, float64.
         """
-        parts = None if entries is None else self.pool.cut(entries)
-        scores = torch.zeros(len(samples), dtype=torch.float64)
-        for n, gradients in self._gradients(samples, "Sample scores"):
-            for i, gradient in gradients.items():
-                chosen = gradient if parts is None else gradient[parts[i]]
-                scores[n] += chosen.double().square().sum().cpu()
-        return scores
+        chosen = None if entries is None else self._where(entries)
+        parts = range(len(self.pool.sizes)) if chosen is None else list(chosen)
+        scores: Scores = self._summed(
+            samples, parts, partial(Scores, samples, chosen), "Sample scores"
+        )
+        return scores.totals
 
-    def _gradients(
-        self, samples: Sequence[int], title: str
-    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        """Yield each sample's place in ``samples`` and its gradients, flattened."""
-        pool = self.pool
-        for n, position in enumerate(tqdm(samples, title, leave=False, disable=None)):
-            loss = self._loss(position)
-            found = torch.autograd.grad(loss, pool.parameters, allow_unused=True)
-            gradients = {
-                i: (g.to_dense() if g.is_sparse else g)
-                .reshape(-1)
-                .to(pool.device, pool.accumulator_dtype)
-                for i, g in enumerate(found)
-                if g is not None
-            }
-            for i, gradient in gradients.items():
-                if not bool(gradient.isfinite().all()):
-                    raise ValueError(
-                        f"The gradient of '{'.'.join(pool.names[i])}' is not finite on "
-                        f"calibration sample {position}. Remove that sample, or load "
-                        "the model in float32."
-                    )
-            yield n, gradients
+    def losses(self, samples: Sequence[int]) -> Tensor:
+        """Return the loss of each sample; a pass over the samples comes first.
 
-    def _loss(self, position: int) -> Tensor:
-        seed = hash((self.seed, position)) & (2**63 - 1)
-        with own_randomness(seed):  # a collator's masks do not depend on the order
-            batch = self.calibration.batch(position, self.model)
-        if self.calibration.loss is None:
-            check_labels(batch, self.model, position)
-        if self.fisher_type == "sampled":
-            generator = torch.Generator().manual_seed(seed)
-            batch = with_sampled_labels(batch, self.model, generator)
-        loss = torch.as_tensor(self.calibration.sample_loss(self.model, batch))
-        if loss.numel() != 1 or not math.isfinite(loss.item()):
-            raise ValueError(
-                f"The loss of calibration sample {position} must be one finite number, "
-                f"got {loss.tolist()}. Look at that sample and its labels."
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                f"The loss of calibration sample {position} does not depend on any of "
-                "the targeted parameters. Check `target_modules` and the loss."
-            )
-        return loss.reshape(())
+        Args:
+            samples: Positions in the calibration data.
 
-    def _check_used(self, unused: set[int]) -> None:
+        Returns:
+            Shape ``[len(samples)]``, float64.
+        """
+        known: dict[int, float] = {}
+        for losses in self._ranks.gather(self._engine.losses):
+            known.update(losses)
+        for position in samples:
+            if position not in known:
+                known[position] = self._engine.singles.gradients(position, [0])[0]
+        return torch.tensor([known[s] for s in samples], dtype=torch.float64)
+
+    def lengths(self, samples: Sequence[int]) -> Tensor:
+        """Return the tokens of each sample, one for samples without tokens.
+
+        Args:
+            samples: Positions in the calibration data.
+
+        Returns:
+            Shape ``[len(samples)]``, float64.
+        """
+        loaded = [self._engine.singles.sample(position) for position in samples]
+        return torch.tensor([s.length or 1 for s in loaded], dtype=torch.float64)
+
+    def _where(self, entries: Sequence[Tensor]) -> dict[int, Where]:
+        return {
+            part: Where(flat, self.pool.parameters[part].shape)
+            for part, flat in enumerate(entries)
+            if flat.numel()
+        }
+
+    def _check_used(self, parts: Sequence[int], seen: set[int]) -> None:
+        everywhere = set().union(*self._ranks.gather(seen))
+        unused = [self.pool.name(part) for part in parts if part not in everywhere]
         if unused:
-            names = [".".join(self.pool.names[i]) for i in sorted(unused)]
             raise ValueError(
                 "These parameters get no gradient from any sample: "
-                f"{', '.join(names)}. Name their modules in `exclude_modules`."
+                f"{', '.join(unused)}. Name their modules in `exclude_modules`."
             )
+
+
+def _limits(pool: Pool, calibration: Calibration, memory_limit: int) -> Limits:
+    largest = max(pool.sizes) * _ACCUMULATOR_BYTES
+    if 2 * largest > memory_limit:
+        name = pool.name(pool.sizes.index(max(pool.sizes)))
+        raise ValueError(
+            f"`memory_limit` must hold at least twice the {largest} bytes of "
+            f"accumulators for '{name}', got {memory_limit}. Raise it, or leave that "
+            "module out with `exclude_modules`."
+        )
+    accumulators = min(len(pool) * _ACCUMULATOR_BYTES, memory_limit // 2)
+    return Limits(
+        batch_size=calibration.batch_size,
+        activation_bytes=memory_limit // 4,
+        cache_bytes=memory_limit - accumulators - memory_limit // 4,
+        part_bytes=memory_limit // 2,
+    )

@@ -1,57 +1,58 @@
 """Iterative Range Decreasing: samples and entries shrink in turn (Algorithm 1)."""
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.criteria import NEEDS_DATA, data_free_scores
-from peft_ird.selection.fisher import FisherEstimator, borrowed
+from peft_ird.selection.entries import Entries
+from peft_ird.selection.fisher import FisherEstimator
+from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.pool import Pool
 from peft_ird.selection.randomness import own_randomness
-from peft_ird.selection.schedule import Cell, plan_cells
+from peft_ird.selection.schedule import Cell
 from peft_ird.selection.selection import Selection
-from peft_ird.selection.topk import rank, top_k
+from peft_ird.selection.settings import (
+    Settings,
+    drawn_samples,
+    entry_count,
+    planned_cells,
+    rounded,
+)
+from peft_ird.selection.topk import top_k
 
-__all__ = ["Settings", "Step", "select", "walk"]
+if sys.platform != "win32":
+    import resource
 
-DEFAULT_NUM_SAMPLES = 128
-
-
-class Settings(Protocol):
-    """What the selection reads of a configuration."""
-
-    density: float | None
-    budget: int | None
-    method: str
-    num_samples: int | None
-    initial_density: float | None
-    schedule: str | list[tuple[int, float]]
-    nested: bool
-    sample_score: str
-    fisher: str
-    scope: str
-    seed: int
+__all__ = ["Step", "select", "walk"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is kept at one cell: samples, entries (flat, sorted) and their scores."""
+    """What is kept at one cell: samples and entries, and what it took."""
 
     cell: Cell
     samples: tuple[int, ...]
-    entries: Tensor
-    scores: Tensor
+    entries: Entries
     sample_scores: Tensor
     seconds: float
+    peak_bytes: int
 
 
 def select(
-    model: nn.Module, pool: Pool, calibration: Calibration | None, settings: Settings
+    model: nn.Module,
+    pool: Pool,
+    calibration: Calibration | None,
+    settings: Settings,
+    head: Sequence[nn.Parameter] = (),
+    memory_limit: int | None = None,
 ) -> Selection:
     """Choose entries of the pool; the model comes back as it was.
 
@@ -60,6 +61,8 @@ def select(
         pool: The candidate entries.
         calibration: Data, for the methods that need it.
         settings: The options of the selection.
+        head: Parameters that are trained whole beside the entries.
+        memory_limit: Bytes beyond the model, as for `FisherEstimator`.
 
     Returns:
         The entries at the last cell.
@@ -68,10 +71,11 @@ def select(
         ValueError: If there is no data or too little, or a budget or schedule that the
             pool cannot meet.
     """
+    steps: list[Step] = []
     with own_randomness(settings.seed):
-        steps = list(walk(model, pool, calibration, settings))
+        steps += walk(model, pool, calibration, settings, head, memory_limit)
     last = steps[-1]
-    indices = pool.split(last.entries)
+    indices = pool.indices(last.entries.positions)
     shapes = {
         (module, name): tuple(parameter.shape)
         for (module, name), parameter in zip(pool.names, pool.parameters, strict=True)
@@ -79,11 +83,17 @@ def select(
     return Selection(
         indices=indices,
         shapes={m: {n: shapes[m, n] for n in names} for m, names in indices.items()},
-        scores=pool.arrange(last.entries, last.scores),
+        scores=pool.tree(last.entries.scores),
         samples=last.samples,
         sample_scores=last.sample_scores,
         stages=tuple(step.cell for step in steps),
         seconds=tuple(step.seconds for step in steps),
+        peak_bytes=tuple(step.peak_bytes for step in steps),
+        overlaps=tuple(
+            after.entries.shared_with(before.entries)
+            for before, after in pairwise(steps)
+        ),
+        first_samples=steps[0].samples,
         method=settings.method,
         seed=settings.seed,
         num_candidates=len(pool),
@@ -91,7 +101,12 @@ def select(
 
 
 def walk(
-    model: nn.Module, pool: Pool, calibration: Calibration | None, settings: Settings
+    model: nn.Module,
+    pool: Pool,
+    calibration: Calibration | None,
+    settings: Settings,
+    head: Sequence[nn.Parameter] = (),
+    memory_limit: int | None = None,
 ) -> Iterator[Step]:
     """Yield what is kept at each cell, from the first to the one asked for.
 
@@ -100,152 +115,165 @@ def walk(
     if settings.method not in NEEDS_DATA:
         yield _choose_without_data(pool, settings)
         return
-    k = _target(len(pool), len(pool), settings)
+    k = entry_count(len(pool), len(pool), settings)
     if calibration is None:
         raise ValueError(
             f"method='{settings.method}' ranks entries on data and needs "
             "`calibration=Calibration(train_dataset, collate_fn)`. Or choose a method "
             "without data: 'magnitude', 'random' or 'bias'."
         )
-    cells = _cells(pool, calibration, k, settings)
-    samples = _draw(len(calibration), cells[0].num_samples, settings.seed)
-    with borrowed(model, pool.parameters):
+    cells = planned_cells(len(pool), len(calibration), k, settings)
+    samples = drawn_samples(len(calibration), cells[0].num_samples, settings)
+    counts = [*(rounded(len(pool), cell.density) for cell in cells[:-1]), k]
+    with ExitStack() as stack:
+        stack.enter_context(borrowed(model))
         estimator = FisherEstimator(
-            model, pool, calibration, settings.fisher, settings.seed
+            model, pool, calibration, settings.fisher, settings.seed, memory_limit
         )
-        counts = [*(_count(len(pool), cell.density) for cell in cells[:-1]), k]
-        if settings.method == "gradient":
-            yield _choose_by_gradient(estimator, samples, cells[0], k, settings)
-        else:
-            yield from _decrease(estimator, samples, cells, counts, settings)
-
-
-def _decrease(
-    estimator: FisherEstimator,
-    samples: tuple[int, ...],
-    cells: tuple[Cell, ...],
-    counts: list[int],
-    settings: Settings,
-) -> Iterator[Step]:
-    reverse = settings.method == "reverse_ird"
-    nested = settings.nested or reverse
-    bounds = _bounds(estimator.pool, settings)
-    sample_scores = torch.empty(0, dtype=torch.float64)
-    entries: Tensor | None = None
-    for cell, count in zip(cells, counts, strict=True):
-        start = time.perf_counter()
-        if entries is not None and cell.num_samples < len(samples):
-            over = entries if settings.sample_score == "selected" else None
-            scores = estimator.sample_scores(samples, over)
-            kept = top_k(scores, cell.num_samples, largest=not reverse)
-            samples = tuple(samples[i] for i in kept.tolist())
-            sample_scores = scores[kept]
-        if entries is None or not nested:
-            fisher = estimator.fisher(samples)
-            entries = rank(fisher, count, bounds=bounds)
-        elif count < len(entries):
-            fisher = estimator.fisher(samples)
-            entries = rank(
-                fisher, count, bounds=bounds, within=entries, largest=not reverse
+        if settings.head_warmup_steps:
+            steps, rate = (
+                settings.head_warmup_steps,
+                settings.head_warmup_learning_rate,
             )
-        seconds = time.perf_counter() - start
-        yield Step(cell, samples, entries, fisher[entries], sample_scores, seconds)
+            stack.enter_context(estimator.head_warmed_up(head, samples, steps, rate))
+        decrease = Decrease(estimator, settings, samples)
+        if settings.method == "gradient":
+            yield decrease.by_gradient(cells[0], k)
+        else:
+            yield from decrease.steps(cells, counts)
 
 
-def _choose_by_gradient(
-    estimator: FisherEstimator,
-    samples: tuple[int, ...],
-    cell: Cell,
-    k: int,
-    settings: Settings,
-) -> Step:
-    start = time.perf_counter()
-    scores = estimator.mean_gradient(samples).abs_()
-    entries = rank(scores, k, bounds=_bounds(estimator.pool, settings))
-    return _one_step(cell, samples, entries, scores, start)
+class Decrease:
+    """The range decreasing: what is kept now, and how it becomes less.
+
+    Args:
+        estimator: Fisher information and sample scores.
+        settings: The options of the selection.
+        samples: The samples to start from, at least those of the first cell.
+    """
+
+    def __init__(
+        self,
+        estimator: FisherEstimator,
+        settings: Settings,
+        samples: tuple[int, ...],
+    ) -> None:
+        self.estimator = estimator
+        self.settings = settings
+        self.is_reverse = settings.method == "reverse_ird"
+        self.samples = samples
+        self.sample_scores = torch.empty(0, dtype=torch.float64)
+        self.entries: Entries | None = None
+
+    def steps(self, cells: Sequence[Cell], counts: Sequence[int]) -> Iterator[Step]:
+        """Yield what is kept at each cell.
+
+        Args:
+            cells: The cells.
+            counts: The number of entries at each of them.
+        """
+        for number, (cell, count) in enumerate(zip(cells, counts, strict=True)):
+            start = time.perf_counter()
+            has_fewer_samples = cell.num_samples < len(self.samples)
+            if has_fewer_samples:
+                self._drop_samples(cell.num_samples)
+            if number == 0 and len(cells) > 1:
+                self.estimator.remember(self.samples)
+            self._rank_entries(count, has_fewer_samples)
+            assert self.entries is not None
+            seconds = time.perf_counter() - start
+            yield Step(
+                cell, self.samples, self.entries, self.sample_scores, seconds,
+                _peak_bytes(self.entries.pool.device),
+            )  # fmt: skip
+
+    def by_gradient(self, cell: Cell, count: int) -> Step:
+        """Return the entries with the largest mean gradient.
+
+        Args:
+            cell: The only cell.
+            count: The number of entries.
+        """
+        start = time.perf_counter()
+        if cell.num_samples < len(self.samples):
+            self._drop_samples(cell.num_samples)
+        gradients = self.estimator.mean_gradient(self.samples)
+        stream = ((part, gradient.abs_()) for part, gradient in gradients)
+        pool, scope = self.estimator.pool, self.settings.scope
+        entries = Entries.best(pool, stream, count, scope)
+        return _one_step(cell, self.samples, entries, start)
+
+    def _drop_samples(self, wanted: int) -> None:
+        """Keep the samples with the larger scores; in reverse, the smaller ones."""
+        chosen = None
+        if self.entries is not None and self.settings.sample_score == "selected":
+            chosen = self.entries.positions
+        scores = self.estimator.sample_scores(self.samples, chosen)
+        scores = self._scaled(scores)
+        outliers = int(self.settings.trim_samples * len(scores))
+        outliers = min(outliers, len(scores) - wanted)
+        ranked = list(range(len(scores)))
+        if outliers:
+            inliers = top_k(scores, len(scores) - outliers, largest=self.is_reverse)
+            ranked = inliers.tolist()
+        kept = top_k(scores[ranked], wanted, largest=not self.is_reverse)
+        places = [ranked[i] for i in kept.tolist()]
+        self.samples = tuple(self.samples[place] for place in places)
+        self.sample_scores = scores[places]
+        self.estimator.forget_all_but(self.samples)
+
+    def _scaled(self, scores: Tensor) -> Tensor:
+        """Divide scores by what the settings say: tokens, or the loss squared."""
+        if self.settings.sample_scaling == "length":
+            return scores / self.estimator.lengths(self.samples)
+        if self.settings.sample_scaling == "loss":
+            losses = self.estimator.losses(self.samples)
+            return scores / losses.square().clamp_min(torch.finfo(torch.float32).tiny)
+        return scores
+
+    def _rank_entries(self, count: int, has_fewer_samples: bool) -> None:
+        pool, scope = self.estimator.pool, self.settings.scope
+        is_nested = self.settings.nested or self.is_reverse
+        if self.entries is not None and is_nested:
+            if count < len(self.entries):
+                stream = self.estimator.fisher_at(self.samples, self.entries.positions)
+                self.entries = self.entries.best_of(
+                    stream, count, scope, largest=not self.is_reverse
+                )
+            return
+        fewer = None
+        if self.entries is not None and not has_fewer_samples:
+            fewer = self.entries.fewer(count, scope)
+        if fewer is None:
+            stream = self.estimator.fisher(self.samples)
+            fewer = Entries.best(pool, stream, count, scope)
+        self.entries = fewer
 
 
 def _choose_without_data(pool: Pool, settings: Settings) -> Step:
     start = time.perf_counter()
-    within = pool.bias_positions() if settings.method == "bias" else None
-    available = len(pool) if within is None else len(within)
-    k = _target(len(pool), available, settings)
-    scores = data_free_scores(settings.method, pool, settings.seed)
-    entries = rank(scores, k, bounds=_bounds(pool, settings), within=within)
-    return _one_step(Cell(0, k / len(pool)), (), entries, scores, start)
+    available = list(pool.sizes)
+    if settings.method == "bias":
+        available = [n * pool.is_bias(i) for i, n in enumerate(pool.sizes)]
+    k = entry_count(len(pool), sum(available), settings)
+    stream = data_free_scores(settings.method, pool, settings.seed)
+    entries = Entries.best(pool, stream, k, settings.scope, available)
+    return _one_step(Cell(0, k / len(pool)), (), entries, start)
 
 
 def _one_step(
-    cell: Cell, samples: tuple[int, ...], entries: Tensor, scores: Tensor, start: float
+    cell: Cell, samples: tuple[int, ...], entries: Entries, start: float
 ) -> Step:
     none = torch.empty(0, dtype=torch.float64)
     seconds = time.perf_counter() - start
-    return Step(cell, samples, entries, scores[entries], none, seconds)
+    return Step(cell, samples, entries, none, seconds, _peak_bytes(entries.pool.device))
 
 
-def _target(candidates: int, available: int, settings: Settings) -> int:
-    """Return the number of entries asked for; all that are available by default."""
-    if settings.density is not None:
-        k = _count(candidates, settings.density)
-    elif settings.budget is not None:
-        k = settings.budget
-    elif settings.method == "bias":
-        k = available
-    else:
-        raise ValueError(
-            "Pass either `density` or `budget`; neither is given. If the configuration "
-            "had a `selection`, it has been used: pass it again."
-        )
-    if available == 0:
-        raise ValueError(
-            f"method='{settings.method}' finds nothing to choose from: no targeted "
-            "module has a bias. Choose another method or other `target_modules`."
-        )
-    if k > available:
-        raise ValueError(
-            f"{k} entries are asked for, but method='{settings.method}' has "
-            f"{available} of {candidates} candidates to choose from. Change `budget`, "
-            "`density` or `target_modules`."
-        )
-    return k
-
-
-def _count(candidates: int, density: float) -> int:
-    return max(1, round(density * candidates))
-
-
-def _cells(
-    pool: Pool, calibration: Calibration, k: int, settings: Settings
-) -> tuple[Cell, ...]:
-    available = len(calibration)
-    if available == 0:
-        raise ValueError("`calibration` is empty; give at least one sample.")
-    wanted = settings.num_samples or min(DEFAULT_NUM_SAMPLES, available)
-    density = k / len(pool) if settings.density is None else settings.density
-    tolerance = 0.5 / len(pool) if settings.density is None else 0.0
-    if settings.method in {"fish", "gradient"}:
-        cells: tuple[Cell, ...] = (Cell(wanted, density),)
-    else:
-        cells = plan_cells(
-            settings.schedule, wanted, settings.initial_density, density, tolerance
-        )
-    if cells[0].num_samples > available:
-        raise ValueError(
-            f"{cells[0].num_samples} samples are asked for, but `calibration` has "
-            f"{available}. Lower `num_samples`, change `schedule`, or give more data."
-        )
-    return cells
-
-
-def _draw(available: int, wanted: int, seed: int) -> tuple[int, ...]:
-    """Draw distinct samples, in ascending order."""
-    if wanted == available:
-        return tuple(range(available))
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        sorted(torch.randperm(available, generator=generator)[:wanted].tolist())
-    )
-
-
-def _bounds(pool: Pool, settings: Settings) -> list[int]:
-    return pool.module_bounds() if settings.scope == "per_module" else [0, len(pool)]
+def _peak_bytes(device: torch.device) -> int:
+    """Return the most memory that the device, or this process, has used so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

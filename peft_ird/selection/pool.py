@@ -1,7 +1,7 @@
-"""The candidate entries of a model, as one flat space."""
+"""The candidate entries of a model: its targeted parameters, in order."""
 
-from collections.abc import Iterable
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ TensorTree = dict[str, dict[str, Tensor]]
 
 
 class Pool:
-    """The candidate entries: parameters in order, each flattened row-major.
+    """The candidate entries, parameter by parameter, each flattened row-major.
 
-    A flat position counts through all parameters; ``split`` turns positions into
-    indices per module and parameter.
+    A parameter is known by its number here. What belongs to all candidates (scores,
+    chosen positions) is a list with one 1-D tensor per parameter.
 
     Args:
         parameters: Module name, parameter name and parameter, in
@@ -28,84 +28,64 @@ class Pool:
         listed = list(parameters)
         self.names = [(module, name) for module, name, _ in listed]
         self.parameters = [parameter for _, _, parameter in listed]
-        self.offsets = [0, *accumulate(p.numel() for p in self.parameters)]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
 
     def __len__(self) -> int:
-        return self.offsets[-1]
+        return sum(self.sizes)
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter; flat tensors live there."""
+        """Device of the first parameter; what is ranked ends up there."""
         return self.parameters[0].device
 
     @property
-    def accumulator_dtype(self) -> torch.dtype:
-        """float64 for a float64 model, else float32."""
+    def dtype(self) -> torch.dtype:
+        """Type of gradients and scores: float64 for a float64 model, else float32."""
         dtypes = {parameter.dtype for parameter in self.parameters}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
-    def zeros(self) -> Tensor:
-        """Return a flat accumulator of the pool's size."""
-        return torch.zeros(len(self), dtype=self.accumulator_dtype, device=self.device)
+    def name(self, number: int) -> str:
+        """Return a parameter's full name."""
+        return ".".join(self.names[number])
 
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """Cut a flat tensor into one view per parameter, each 1-D."""
-        return list(torch.split(flat, [p.numel() for p in self.parameters]))
+    def is_bias(self, number: int) -> bool:
+        """Return whether a parameter is a bias: ``bias``, ``in_proj_bias``, …."""
+        return "bias" in self.names[number][1].split("_")
 
-    def bias_positions(self) -> Tensor:
-        """Return the flat positions of biases: ``bias``, ``in_proj_bias`` and so on."""
-        ranges = [
-            torch.arange(start, end)
-            for (_, name), start, end in zip(
-                self.names, self.offsets, self.offsets[1:], strict=False
-            )
-            if "bias" in name.split("_")
-        ]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *ranges]).to(self.device)
+    def modules(self) -> list[int]:
+        """Return for each parameter the number of its module, from 0 upwards."""
+        runs = [len(list(run)) for _, run in groupby(m for m, _ in self.names)]
+        return [number for number, length in enumerate(runs) for _ in range(length)]
 
-    def cut(self, positions: Tensor) -> list[Tensor]:
-        """Cut sorted flat positions into positions inside each parameter, int64."""
-        bounds = torch.tensor(self.offsets, device=positions.device)
-        ends = torch.searchsorted(positions, bounds).tolist()
-        return [
-            positions[start:end] - offset
-            for start, end, offset in zip(ends, ends[1:], self.offsets, strict=False)
-        ]
+    def groups(self, most_bytes: int, entry_bytes: int) -> list[list[int]]:
+        """Divide the parameters, in order, into groups of at most so many bytes.
 
-    def split(self, positions: Tensor) -> TensorTree:
-        """Return sorted indices per module and parameter, without empty ones.
+        A parameter that is larger alone makes a group of its own.
 
         Args:
-            positions: Sorted flat positions. Shape ``[k]``, int64.
-
-        Returns:
-            ``{module: {parameter: indices}}``, int32 (int64 past 2^31 entries), CPU.
+            most_bytes: Bytes of a group.
+            entry_bytes: Bytes of an entry.
         """
-        parts = [
-            part.to("cpu", index_dtype(parameter.numel()))
-            for part, parameter in zip(
-                self.cut(positions), self.parameters, strict=True
-            )
-        ]
-        return self._tree(parts)
+        groups: list[list[int]] = [[]]
+        taken = 0
+        for number, size in enumerate(self.sizes):
+            taken += size * entry_bytes
+            if groups[-1] and taken > most_bytes:
+                groups.append([])
+                taken = size * entry_bytes
+            groups[-1].append(number)
+        return groups
 
-    def arrange(self, positions: Tensor, values: Tensor) -> TensorTree:
-        """Return the values that belong to positions, in the layout of `split`."""
-        counts = [part.numel() for part in self.cut(positions)]
-        return self._tree([piece.cpu() for piece in torch.split(values, counts)])
-
-    def _tree(self, parts: Iterable[Tensor]) -> TensorTree:
+    def tree(self, parts: Sequence[Tensor]) -> TensorTree:
+        """Arrange one tensor per parameter by module and name, without empty ones."""
         tree: TensorTree = {}
         for (module, name), part in zip(self.names, parts, strict=True):
             if part.numel():
-                tree.setdefault(module, {})[name] = part
+                tree.setdefault(module, {})[name] = part.cpu()
         return tree
 
-    def module_bounds(self) -> list[int]:
-        """Return the offsets at which another module begins, with both ends."""
-        starts = [
-            offset
-            for i, offset in enumerate(self.offsets[:-1])
-            if i == 0 or self.names[i][0] != self.names[i - 1][0]
-        ]
-        return [*starts, len(self)]
+    def indices(self, positions: Sequence[Tensor]) -> TensorTree:
+        """Arrange sorted positions as `tree` does, int32 (int64 past 2^31), CPU."""
+        return self.tree(
+            [p.to(index_dtype(n)) for p, n in zip(positions, self.sizes, strict=True)]
+        )

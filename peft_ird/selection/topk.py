@@ -1,11 +1,239 @@
-"""Exact top-k with deterministic ties, globally or with a budget per module."""
+"""Exact top-k over a stream of scores, with deterministic ties and no concatenation."""
 
+import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["rank", "shares", "top_k"]
+__all__ = ["Ranking", "TopK", "shares", "top_k"]
+
+_CHUNK = 1 << 19  # entries scanned at a time: bounds the temporaries
+_SAMPLE = 1 << 14  # survivors sorted to bracket an order statistic
+
+
+class TopK:
+    """Keep the k extreme scores of a stream of parts.
+
+    Ties go to the earlier part, then to the lower position. Holds at most 2k
+    candidates and a chunk of one part; what was offered may be overwritten or freed.
+
+    Args:
+        k: How many, 0 or more.
+        largest: Whether the largest or the smallest scores are wanted.
+
+    Raises:
+        ValueError: If ``k`` is negative.
+    """
+
+    def __init__(self, k: int, *, largest: bool = True) -> None:
+        if k < 0:
+            raise ValueError(f"`k` must be 0 or more, got {k}.")
+        self._k = k
+        self._largest = largest
+        self._beats = torch.gt if largest else torch.lt
+        # columns of candidates in the order of the stream, `count` of them in use
+        self._positions = torch.empty(0, dtype=torch.int32)
+        self._values = torch.empty(0)
+        self._count = 0
+        # part -> its candidates, and where and in which dtype it was offered
+        self._held: dict[int, int] = {}
+        self._offered: dict[int, tuple[torch.device, torch.dtype]] = {}
+        # the k-th best of a prefix; what only equals it comes too late
+        self._bound: Tensor | None = None
+
+    def update(self, part: int, scores: Tensor) -> None:
+        """Offer the scores of one part.
+
+        Parts may differ in device and floating dtype; they compare exactly.
+
+        Args:
+            part: Number of the part, above those offered before.
+            scores: Finite scores. Shape ``[n]``.
+
+        Raises:
+            ValueError: If ``part`` comes out of order or ``scores`` is not 1-D.
+        """
+        last = next(reversed(self._offered), None)
+        if last is not None and part <= last:
+            raise ValueError(
+                f"`part` must ascend, got {part} after {last}. Offer each part once."
+            )
+        if scores.ndim != 1:
+            raise ValueError(
+                f"`scores` must be 1-D, got shape {tuple(scores.shape)}. Flatten it."
+            )
+        self._offered[part] = scores.device, scores.dtype
+        self._held[part] = 0
+        if self._k == 0:
+            return
+        for start in range(0, len(scores), _CHUNK):
+            chosen = self._filter(scores[start : start + _CHUNK].detach())
+            self._hold(part, chosen + start, scores)
+            if self._count > 2 * self._k:
+                self._prune()
+
+    def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return the winners, ``min(k, offered)`` in all.
+
+        Returns:
+            For each part that has winners: their sorted positions in it, shape
+            ``[w]``, int64, and their scores in this order, shape ``[w]``, in the dtype
+            that was offered; both on the device of the part.
+        """
+        if self._count > self._k:
+            self._prune()
+        winners = {part: held for part, held in self._held.items() if held}
+        if not winners:
+            return {}
+        counts = list(winners.values())
+        positions = torch.split(self._positions[: self._count], counts)
+        values = torch.split(self._values[: self._count], counts)
+        return {
+            part: (
+                where.to(device, torch.int64, copy=True),
+                what.to(device, dtype, copy=True),
+            )
+            for part, where, what in zip(winners, positions, values, strict=True)
+            for device, dtype in [self._offered[part]]
+        }
+
+    def _filter(self, chunk: Tensor) -> Tensor:
+        """Return where the chunk may still win."""
+        if self._bound is None:
+            return torch.arange(len(chunk), device=chunk.device)
+        dtype = torch.promote_types(chunk.dtype, self._bound.dtype)
+        bound = self._bound.to(chunk.device, dtype)
+        return self._beats(chunk.to(dtype), bound).nonzero().flatten()
+
+    def _hold(self, part: int, positions: Tensor, scores: Tensor) -> None:
+        """Append candidates, in columns that grow and widen as needed."""
+        end = self._count + len(positions)
+        in_use = slice(self._count, end)
+        dtype = torch.int32 if len(scores) < 1 << 31 else torch.int64
+        self._positions = _with_room(self._positions, in_use, scores.device, dtype)
+        self._values = _with_room(self._values, in_use, scores.device, scores.dtype)
+        self._positions[in_use] = positions
+        self._values[in_use] = scores.detach()[positions]
+        self._held[part] += len(positions)
+        self._count = end
+
+    def _prune(self) -> None:
+        """Keep the best k of the candidates, in place."""
+        ends = torch.tensor([0, *self._held.values()], device=self._values.device)
+        ends = ends.cumsum(0)
+        cuts = torch.zeros_like(ends)
+        count = 0
+        for start, kept in self._choose():
+            for column in (self._positions, self._values):
+                column[count : count + len(kept)] = column[start:][kept]
+            cuts += torch.searchsorted(kept, ends - start)
+            count += len(kept)
+        self._count = count
+        kept_of = (end - start for start, end in pairwise(cuts.tolist()))
+        self._held = dict(zip(self._held, kept_of, strict=True))
+
+    def _choose(self) -> Iterator[tuple[int, Tensor]]:
+        """Set the bound to the k-th best; yield where the best k are, by chunk."""
+        values = self._values[: self._count]
+        rank = len(values) - self._k + 1 if self._largest else self._k
+        self._bound = bound = _order_statistic(values, rank)
+        missing = self._k - int(self._beats(values, bound).count_nonzero())
+        for start in range(0, len(values), _CHUNK):
+            chunk = values[start : start + _CHUNK]
+            kept = self._beats(chunk, bound)
+            tied = (chunk == bound).nonzero().flatten()[:missing]
+            kept[tied] = True
+            missing -= len(tied)
+            yield start, kept.nonzero().flatten()
+
+
+class Ranking:
+    """Divide k over groups of parts and keep the extreme scores of each group.
+
+    A group's share of k follows its available scores (`shares`); one group for all
+    parts is a global budget. Within a group ties go as in `TopK`.
+
+    Args:
+        k: How many in all, from 0 to the sum of ``available``.
+        available: How many scores each part will offer.
+        groups: Number of each part's group, in the order of their first parts.
+        largest: Whether the largest or the smallest scores are wanted.
+
+    Raises:
+        ValueError: If ``available`` and ``groups`` differ in length or ``k`` is out
+            of range.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        available: Sequence[int],
+        groups: Sequence[int],
+        *,
+        largest: bool = True,
+    ) -> None:
+        if len(available) != len(groups):
+            raise ValueError(
+                "`available` and `groups` must have one number per part, got "
+                f"{len(available)} and {len(groups)}."
+            )
+        if not 0 <= k <= sum(available):
+            raise ValueError(
+                f"`k` must be from 0 to the {sum(available)} available, got {k}."
+            )
+        sizes = dict.fromkeys(groups, 0)
+        for size, group in zip(available, groups, strict=True):
+            sizes[group] += size
+        budgets = shares(list(sizes.values()), k) if k else [0] * len(sizes)
+        self._available = list(available)
+        self._groups = list(groups)
+        self._best = {
+            group: TopK(budget, largest=largest)
+            for group, budget in zip(sizes, budgets, strict=True)
+        }
+        self._empty: dict[int, Tensor] = {}  # of the parts offered so far
+
+    def update(self, part: int, scores: Tensor) -> None:
+        """Offer the scores of one part; a part with none available may be left out.
+
+        Args:
+            part: Number of the part; ascends within its group.
+            scores: Finite scores. Shape ``[available[part]]``.
+
+        Raises:
+            ValueError: If ``scores`` has another shape, or ``part`` is out of order.
+        """
+        if tuple(scores.shape) != (self._available[part],):
+            raise ValueError(
+                f"`scores` of part {part} must have shape ({self._available[part]},) "
+                f"as announced, got {tuple(scores.shape)}."
+            )
+        self._best[self._groups[part]].update(part, scores)
+        self._empty[part] = scores.new_empty(0)
+
+    def finish(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the winners of each part, k in all.
+
+        Returns:
+            For each part: the sorted positions of its winners, shape ``[w]``, int64,
+            and their scores, shape ``[w]``, in the dtype that was offered (float32
+            for a part left out); both on the device of the part. ``w`` may be 0.
+
+        Raises:
+            ValueError: If scores that were announced have not been offered.
+        """
+        winners: dict[int, tuple[Tensor, Tensor]] = {}
+        for best in self._best.values():
+            winners.update(best.finish())
+        pairs = []
+        for part, size in enumerate(self._available):
+            if size and part not in self._empty:
+                raise ValueError(f"Part {part} was not offered; call `update` with it.")
+            empty = self._empty.get(part, torch.empty(0, dtype=torch.float32))
+            pairs.append(winners.get(part, (empty.to(torch.int64), empty)))
+        return pairs
 
 
 def top_k(scores: Tensor, k: int, *, largest: bool = True) -> Tensor:
@@ -18,15 +246,13 @@ def top_k(scores: Tensor, k: int, *, largest: bool = True) -> Tensor:
 
     Returns:
         Sorted positions. Shape ``[k]``, int64.
+
+    Raises:
+        ValueError: If ``k`` is out of range or ``scores`` is not 1-D.
     """
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device)
-    threshold = torch.topk(scores, k, largest=largest, sorted=True).values[-1]
-    better = scores > threshold if largest else scores < threshold
-    tied = (scores == threshold).nonzero().flatten()
-    chosen = better
-    chosen[tied[: k - int(better.sum())]] = True
-    return chosen.nonzero().flatten()
+    ranking = Ranking(k, [len(scores)], [0], largest=largest)
+    ranking.update(0, scores)
+    return ranking.finish()[0][0]
 
 
 def shares(sizes: list[int], k: int) -> list[int]:
@@ -48,37 +274,36 @@ def shares(sizes: list[int], k: int) -> list[int]:
     return parts
 
 
-def rank(
-    scores: Tensor,
-    k: int,
-    *,
-    bounds: list[int],
-    within: Tensor | None = None,
-    largest: bool = True,
+def _with_room(
+    column: Tensor, room: slice, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Return the k extreme entries, with each group's share of the budget in it.
+    """Return a column with room for that slice and dtype; the first sets the device."""
+    if room.start:
+        device = column.device
+        dtype = torch.promote_types(column.dtype, dtype)
+    if room.stop <= len(column) and (column.device, column.dtype) == (device, dtype):
+        return column
+    wider = torch.empty(max(room.stop, 2 * room.start), dtype=dtype, device=device)
+    wider[: room.start] = column[: room.start]
+    return wider
 
-    Args:
-        scores: Flat scores of all candidates. Shape ``[n]``.
-        k: How many entries.
-        bounds: Offsets of the groups, with both ends; ``[0, n]`` for one budget.
-        within: Sorted positions to choose from; None for all.
-        largest: Whether the largest or the smallest scores are wanted.
 
-    Returns:
-        Sorted flat positions. Shape ``[k]``, int64.
+def _order_statistic(values: Tensor, rank: int) -> Tensor:
+    """Return the value of that rank, 1 for the smallest.
+
+    Only what lies between two bounds from a sorted sample is selected from; counting
+    proves the bounds, and where they fail everything is selected from.
     """
-    if within is None:
-        ends = bounds
-        chosen_from = scores
-    else:
-        cuts = torch.tensor(bounds, device=within.device)
-        ends = torch.searchsorted(within, cuts).tolist()
-        chosen_from = scores[within]
-    sizes = [end - start for start, end in pairwise(ends)]
-    picks = [
-        start + top_k(chosen_from[start : start + size], part, largest=largest)
-        for start, size, part in zip(ends, sizes, shares(sizes, k), strict=False)
-    ]
-    positions = torch.cat(picks)
-    return positions if within is None else within[positions]
+    sample = values[:: -(-len(values) // _SAMPLE)].sort().values
+    middle = rank * len(sample) // len(values)
+    slack = 2 * math.isqrt(len(sample)) + 1  # 4 standard deviations at the median
+    low = sample[middle - slack] if middle >= slack else values.min()
+    high = sample[middle + slack] if middle + slack < len(sample) else values.max()
+    below = int((values < low).count_nonzero())
+    between = values[(values >= low) & (values <= high)]
+    if below < rank <= below + len(between):
+        if low == high:
+            return low
+        values = between
+        rank -= below
+    return values.kthvalue(rank).values

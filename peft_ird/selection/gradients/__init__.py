@@ -1,0 +1,1 @@
+"""Gradients of single samples, a batch at a time, handed to statistics."""

@@ -1,0 +1,45 @@
+"""Gradients of single samples as they are, for small parameters."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from peft_ird.selection.gradients.where import Where
+
+__all__ = ["Dense", "rows_of"]
+
+
+class Dense:
+    """Gradients of a small parameter as they are.
+
+    Args:
+        values: Shape ``[n, numel]``, float32 or float64.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
+        """See `SampleGradients`."""
+        total.add_(rows_of(self.values, kept).square().sum(0))
+
+    def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
+        """See `SampleGradients`."""
+        total.add_(rows_of(self.values, kept).sum(0))
+
+    def squared_norm(self, n: int) -> Tensor:
+        """See `SampleGradients`."""
+        return self.values[n].double().square().sum()
+
+    def at(self, rows: Sequence[int], where: Where) -> Tensor:
+        """See `SampleGradients`."""
+        return rows_of(self.values, rows)[:, where.flat]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """See `SampleGradients`."""
+        yield self.values
+
+
+def rows_of(values: Tensor, kept: Sequence[int]) -> Tensor:
+    """Return some samples of a tensor, without a copy if they are all there are."""
+    return values if len(kept) == len(values) else values[list(kept)]

@@ -1,0 +1,308 @@
+"""Passes over samples: in batches where that is exact, one by one where it is not.
+
+Before the first pass, two samples go through the model together and alone (`Trial`).
+Parameters whose gradients differ, as they are used in a way that `Capture` does not
+know or the model mixes its samples, are taken one sample at a time from then on.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TypeVar
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from peft_ird.selection.gradients.batching import Sample, plan
+from peft_ird.selection.gradients.dense import Dense
+from peft_ird.selection.gradients.forms import SampleGradients
+from peft_ird.selection.gradients.ranks import Ranks
+from peft_ird.selection.gradients.singles import Singles
+from peft_ird.selection.gradients.statistics import Statistic
+from peft_ird.selection.gradients.together import Together, size_of
+from peft_ird.selection.gradients.trial import Outcome, Trial
+
+__all__ = ["Engine", "Limits"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_WINDOW = 2048  # samples that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pass may take.
+
+    Args:
+        tokens: Tokens in a batch, if ``batch_size`` is None.
+        batch_size: Samples in a batch.
+        activation_bytes: What a batch's saved activations may take; None for any.
+        cache_bytes: What kept gradients may take, over all processes.
+        part_bytes: Bytes of gradients that are formed at once for one sample.
+    """
+
+    tokens: int = 2048
+    batch_size: int | None = None
+    activation_bytes: int | None = None
+    cache_bytes: int = 2 << 30
+    part_bytes: int = 2**62
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The gradients of a batch, kept so that the model need not be called again."""
+
+    positions: tuple[int, ...]
+    gradients: Mapping[int, SampleGradients]
+
+
+class Engine:
+    """Hands the gradients of single samples to statistics.
+
+    Args:
+        singles: The samples, one at a time.
+        ranks: The processes that share the work.
+        limits: What a pass may take.
+    """
+
+    def __init__(self, singles: Singles, ranks: Ranks, limits: Limits) -> None:
+        self.singles = singles
+        self.ranks = ranks
+        self.together = Together(singles)
+        self.losses: dict[int, float] = {}
+        self._limits = limits
+        self._pool = singles.pool
+        self._outcome: Outcome | None = None
+        self._kept: list[_Kept] = []
+        self._kept_positions: frozenset[int] = frozenset()
+
+    def prepare(self, samples: Sequence[int]) -> Outcome:
+        """Find out what is exact in batches, from two of the samples; once.
+
+        Args:
+            samples: Positions in the calibration data.
+        """
+        if self._outcome is None:
+            groups = list(self._groups(range(len(self._pool.sizes))))
+            trial = Trial(self.together, groups, self._limits.batch_size)
+            outcome = trial.outcome(samples)
+            everywhere = frozenset().union(*self.ranks.gather(outcome.alone))
+            self._outcome = replace(outcome, alone=everywhere)
+            if everywhere:
+                logger.info(
+                    "Gradients of %d of %d parameters are taken one sample at a time, "
+                    "beginning with '%s'.",
+                    len(everywhere),
+                    len(self._pool.sizes),
+                    self._pool.name(min(everywhere)),
+                )
+        return self._outcome
+
+    def run(
+        self,
+        samples: Sequence[int],
+        parts: Sequence[int],
+        statistic: Statistic,
+        title: str,
+    ) -> None:
+        """Go through samples; this process takes its share of them.
+
+        Args:
+            samples: Positions in the calibration data.
+            parts: Numbers of the parameters.
+            statistic: What the gradients are handed to.
+            title: Title of the progress bar.
+
+        Raises:
+            ValueError: If a sample's loss is not finite or its labels are wrong.
+        """
+        outcome = self.prepare(samples)
+        together = [part for part in parts if part not in outcome.alone]
+        alone = [part for part in parts if part in outcome.alone]
+        self._replay(samples, together, statistic)
+        rest = [s for s in samples if s not in self._kept_positions]
+        batches = self._share(self.batches(rest)) if together else []
+        total = len(rest) * bool(together) + len(samples) * bool(alone)
+        hidden = True if self.ranks.rank or not total else None
+        with (
+            self._raising_together(),
+            tqdm(total=total, desc=title, leave=False, disable=hidden) as bar,
+        ):
+            for batch in batches:
+                self._run_batch(batch, together, statistic)
+                bar.update(len(batch) * self.ranks.size)
+            for position in self._share(samples) if alone else ():
+                self._run_alone(position, alone, statistic)
+                bar.update(self.ranks.size)
+
+    def remember(self, samples: Sequence[int]) -> None:
+        """Keep the gradients of as many samples as fit, for passes to come.
+
+        Args:
+            samples: Positions in the calibration data.
+        """
+        outcome = self.prepare(samples)
+        parts = range(len(self._pool.sizes))
+        together = [part for part in parts if part not in outcome.alone]
+        fitting = list(self._fitting(samples, outcome)) if together else []
+        total = sum(map(len, fitting))
+        hidden = True if self.ranks.rank or not total else None
+        with (
+            self._raising_together(),
+            tqdm(total=total, desc="Gradients", leave=False, disable=hidden) as bar,
+        ):
+            for batch in self._share(fitting):
+                keeper = _Keeper()
+                self._run_batch(batch, together, keeper)
+                positions = tuple(sample.position for sample in batch)
+                self._kept.append(_Kept(positions, keeper.gradients))
+                bar.update(len(batch) * self.ranks.size)
+        self._kept_positions = frozenset(s.position for b in fitting for s in b)
+
+    def forget(self, samples: Sequence[int]) -> None:
+        """Drop what is kept of batches without any of the samples.
+
+        Args:
+            samples: Positions in the calibration data.
+        """
+        wanted = set(samples)
+        self._kept = [k for k in self._kept if not wanted.isdisjoint(k.positions)]
+        self._kept_positions &= wanted
+
+    def has_kept(self, samples: Sequence[int]) -> bool:
+        """Return whether no pass over these samples needs the model."""
+        outcome = self.prepare(samples)
+        return not outcome.alone and self._kept_positions.issuperset(samples)
+
+    def kept_parts(self) -> set[int]:
+        """Return the parameters that gradients of this process are kept of."""
+        return {part for kept in self._kept for part in kept.gradients}
+
+    def batches(self, samples: Sequence[int]) -> list[list[Sample]]:
+        """Divide samples into batches, the same on every process.
+
+        Args:
+            samples: Positions in the calibration data.
+        """
+        if not samples:
+            return []
+        outcome = self.prepare(samples)
+        tokens = self._limits.tokens
+        if self._limits.activation_bytes is not None:
+            fitting = self._limits.activation_bytes / max(1.0, outcome.activation_bytes)
+            tokens = max(1, min(tokens, int(fitting)))
+        found = []
+        remaining = iter(samples)
+        while window := list(islice(remaining, _WINDOW)):
+            loaded = [self.singles.sample(position) for position in window]
+            found += plan(loaded, tokens, self._limits.batch_size, outcome.padded)
+        return found
+
+    def name_what_is_not_finite(
+        self, samples: Sequence[int], parts: Sequence[int]
+    ) -> None:
+        """Find the sample whose loss or gradient is not finite, and say which.
+
+        Args:
+            samples: Positions in the calibration data, one of them at fault.
+            parts: Numbers of the parameters.
+
+        Raises:
+            ValueError: Always; it names the sample if one is at fault alone.
+        """
+        for position in samples:
+            for group in self._groups(parts):
+                self.singles.gradients(position, group)
+        raise ValueError(
+            "The gradients of the calibration samples are not finite when they are "
+            "squared and summed. Load the model in float32, or look for samples with "
+            "an enormous loss."
+        )
+
+    def _share(self, work: Sequence[T]) -> list[T]:
+        """Return this process's share of batches or samples."""
+        costs = [size_of(each) if isinstance(each, list) else 1 for each in work]
+        return self.ranks.share(work, costs)
+
+    @contextmanager
+    def _raising_together(self) -> Iterator[None]:
+        """Raise an error on all processes, so that none waits for one that failed."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as problem:
+            error = problem
+        self.ranks.raise_together(error)
+
+    def _fitting(
+        self, samples: Sequence[int], outcome: Outcome
+    ) -> Iterator[list[Sample]]:
+        """Yield the first batches whose gradients fit the cache, on all processes."""
+        left = float(self._limits.cache_bytes)
+        for batch in self.batches(samples):
+            left -= size_of(batch) * outcome.token_bytes
+            left -= len(batch) * outcome.sample_bytes
+            if left < 0:
+                return
+            yield batch
+
+    def _replay(
+        self, samples: Sequence[int], parts: Sequence[int], statistic: Statistic
+    ) -> None:
+        wanted = set(samples)
+        for kept in self._kept:
+            rows = [n for n, p in enumerate(kept.positions) if p in wanted]
+            positions = [kept.positions[n] for n in rows]
+            for part in parts if rows else ():
+                if part in kept.gradients:
+                    statistic.update(part, kept.gradients[part], rows, positions)
+
+    def _run_batch(
+        self, batch: Sequence[Sample], parts: Sequence[int], statistic: Statistic
+    ) -> None:
+        positions = [sample.position for sample in batch]
+        rows = range(len(batch))
+
+        def observe(part: int, gradients: SampleGradients) -> None:
+            statistic.update(part, gradients, rows, positions)
+
+        try:
+            losses = self.together.run(batch, parts, observe)
+        except FloatingPointError:
+            self.name_what_is_not_finite(positions, parts)
+        else:
+            if losses is not None:
+                self.losses.update(zip(positions, losses.tolist(), strict=True))
+
+    def _run_alone(
+        self, position: int, parts: Sequence[int], statistic: Statistic
+    ) -> None:
+        loss, gradients = self.singles.gradients(position, parts)
+        self.losses[position] = loss
+        for part, gradient in gradients.items():
+            statistic.update(part, Dense(gradient[None]), (0,), (position,))
+
+    def _groups(self, parts: Sequence[int]) -> Iterator[list[int]]:
+        """Divide parameters into groups whose gradients may be formed at once."""
+        wanted = set(parts)
+        entry_bytes = self._pool.dtype.itemsize
+        for group in self._pool.groups(self._limits.part_bytes, entry_bytes):
+            if not wanted.isdisjoint(group):
+                yield [part for part in group if part in wanted]
+
+
+class _Keeper:
+    """A statistic that keeps the gradients themselves."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[int, SampleGradients] = {}
+
+    def update(self, part: int, gradients: SampleGradients, *_: Sequence[int]) -> None:
+        self.gradients[part] = gradients
+
+    def tensors(self) -> list[Tensor]:
+        return []

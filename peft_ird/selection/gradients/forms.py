@@ -1,0 +1,110 @@
+r"""Gradients of single samples, in the form that the backward pass hands them out.
+
+The gradient of a linear layer's weight is never formed for a whole batch. Sample n
+leaves its factors, :math:`g_n = L_n^\top R_n` (`Outer`), an embedding leaves the rows
+that it looked up (`Rows`), everything small is there as it is (`Dense`).
+
+Letters in shapes: ``n`` sample, ``t`` token, ``o`` rows and ``i`` columns of the
+parameter, ``k`` chosen entries.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from peft_ird.selection.gradients.dense import Dense
+from peft_ird.selection.gradients.outer import Outer, join_outers
+from peft_ird.selection.gradients.rows import Rows, join_rows
+from peft_ird.selection.gradients.where import Where
+
+__all__ = ["SampleGradients", "combine"]
+
+
+class SampleGradients(Protocol):
+    """Gradients of the samples of one batch with respect to one parameter."""
+
+    def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
+        r"""Add :math:`\sum_n g_n^2` over the samples ``kept`` to ``total``, 1-D."""
+
+    def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
+        r"""Add :math:`\sum_n g_n` over the samples ``kept`` to ``total``, 1-D."""
+
+    def squared_norm(self, n: int) -> Tensor:
+        r"""Return :math:`\sum_j g_n[j]^2`, a float64 scalar."""
+
+    def at(self, rows: Sequence[int], where: Where) -> Tensor:
+        """Return the chosen entries of some samples. Shape ``[len(rows), k]``."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors held."""
+
+
+class OuterAndRows:
+    """Gradients of a matrix that is an embedding and a linear layer at once.
+
+    Args:
+        outer: What the linear layer gives.
+        rows: What the embedding adds.
+    """
+
+    def __init__(self, outer: Outer, rows: Rows) -> None:
+        self.outer = outer
+        self.rows = rows
+
+    def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
+        """See `SampleGradients`."""
+        self.outer.add_squares_(total, kept)
+        matrix = total.view(self.outer.shape)
+        for n in kept:
+            row, more = self._more(n)
+            matrix.index_add_(0, row, more.to(total.dtype))
+
+    def _more(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return (a + b)^2 - a^2 where the embedding adds b to the linear layer's a."""
+        row, values = self.rows.part(n)
+        return row, (2 * self.outer.rows_at(n, row) + values) * values
+
+    def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
+        """See `SampleGradients`."""
+        self.outer.add_sum_(total, kept)
+        self.rows.add_sum_(total, kept)
+
+    def squared_norm(self, n: int) -> Tensor:
+        """See `SampleGradients`."""
+        return self.outer.squared_norm(n) + self._more(n)[1].double().sum()
+
+    def at(self, rows: Sequence[int], where: Where) -> Tensor:
+        """See `SampleGradients`."""
+        return self.outer.at(rows, where) + self.rows.at(rows, where)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """See `SampleGradients`."""
+        yield from self.outer.tensors()
+        yield from self.rows.tensors()
+
+
+def combine(uses: Sequence[SampleGradients]) -> SampleGradients | None:
+    """Sum the gradients from several uses of one parameter, sample by sample.
+
+    Args:
+        uses: At least one; all of the same samples.
+
+    Returns:
+        The sum; None if the uses' gradients have no common form.
+    """
+    if len(uses) == 1:
+        return uses[0]
+    outers = [use for use in uses if isinstance(use, Outer)]
+    rows = [use for use in uses if isinstance(use, Rows)]
+    dense = [use for use in uses if isinstance(use, Dense)]
+    if len(dense) == len(uses):
+        return Dense(torch.stack([use.values for use in dense]).sum(0))
+    if dense or len(outers) + len(rows) < len(uses):
+        return None
+    joined = [join_outers(outers)] if outers else []
+    looked_up = [join_rows(rows)] if rows else []
+    if joined and looked_up:
+        return OuterAndRows(joined[0], looked_up[0])
+    return joined[0] if joined else looked_up[0]

@@ -1,0 +1,56 @@
+"""A model, lent for gradients and given back as it was."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["borrowed", "requiring_grad"]
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Lend a model for the gradients of its parameters; it comes back as it was.
+
+    Inside, the model is in eval mode and every parameter is frozen. Modes,
+    ``requires_grad``, ``grad`` and the random state are restored, also on errors.
+
+    Args:
+        model: The model.
+    """
+    config: Any = getattr(model, "config", None)
+    problem_type = getattr(config, "problem_type", None)  # set by the first forward
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    with torch.random.fork_rng(), torch.enable_grad():
+        try:
+            model.eval()
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            if hasattr(config, "problem_type"):
+                config.problem_type = problem_type
+
+
+@contextmanager
+def requiring_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let frozen parameters require gradients inside.
+
+    Args:
+        parameters: The parameters.
+    """
+    listed = list(parameters)
+    try:
+        for parameter in listed:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in listed:
+            parameter.requires_grad_(False)

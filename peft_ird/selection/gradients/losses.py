@@ -1,0 +1,60 @@
+"""Means over a batch that a loss takes, replaced by the sum of the samples' own means.
+
+So each sample counts as it would alone, whatever the number of its tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ird.selection.gradients.recorder import Recorder
+from peft_ird.selection.gradients.signatures import bind
+
+__all__ = ["LOSSES"]
+
+
+def _mean_loss(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """Replace a mean over the batch by the sum of the means over each sample."""
+    given = bind(func, args, kwargs)
+    source, target = given["input"], given["target"]
+    is_mean = given["reduction"] == "mean" and given["size_average"] is None
+    if recorder.size == 1 or not is_mean or given["reduce"] is not None:
+        return NotImplemented
+    if not (recorder.splits(source) and recorder.splits(target)):
+        return NotImplemented
+    losses = _row_means(recorder, func, given)
+    if losses is None:
+        rest = {k: v for k, v in given.items() if k not in {"input", "target"}}
+        pieces = [t.split(t.shape[0] // recorder.size) for t in (source, target)]
+        losses = torch.stack([func(x, y, **rest) for x, y in zip(*pieces, strict=True)])
+    recorder.losses.append(losses.detach())
+    return losses.sum()
+
+
+def _row_means(
+    recorder: Recorder, func: Any, given: Mapping[str, Any]
+) -> Tensor | None:
+    """Return the samples' losses where each has one row and rows count alike."""
+    target = given["target"]
+    is_ignored = "ignore_index" in given and (target == given["ignore_index"]).any()
+    rows = given["input"].shape[0]
+    if rows != recorder.size or given.get("weight") is not None or is_ignored:
+        return None
+    losses: Tensor = func(**{**given, "reduction": "none"})
+    return losses.reshape(recorder.size, -1).mean(1)
+
+
+LOSSES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = dict.fromkeys(
+    [
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.cross_entropy,
+        F.l1_loss,
+        F.mse_loss,
+        F.nll_loss,
+    ],
+    _mean_loss,
+)

@@ -1,0 +1,161 @@
+r"""Gradients of single samples as products of factors, :math:`g_n = L_n^\top R_n`.
+
+The gradient of a linear layer's weight is that: L holds the gradient of the output at
+each token and R the input. It is formed for one sample at a time, tile by tile, or for
+chosen entries only, or not at all.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from peft_ird.selection.gradients.dense import rows_of
+from peft_ird.selection.gradients.where import Where
+
+__all__ = ["Outer", "join_outers"]
+
+# A tile of g_n stays in the cache while it is squared and added.
+_TILE_BYTES = 4 << 20
+# One entry of a sampled product takes as long as this many of a dense one.
+_SAMPLED_COST = 7
+
+
+class Outer:
+    r"""Gradients of a matrix as sums of outer products, :math:`g_n = L_n^\top R_n`.
+
+    Args:
+        left: Shape ``[n, t, o]``.
+        right: Shape ``[n, t, i]``.
+        live: Tokens that contribute; the others have a zero row. Shape ``[n, t]``.
+        unscale: Factor on the gradient.
+    """
+
+    def __init__(
+        self, left: Tensor, right: Tensor, live: Tensor, unscale: float = 1.0
+    ) -> None:
+        self.left = left
+        self.right = right
+        self.unscale = unscale
+        self.spans = _spans(live)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return self.left.shape[-1], self.right.shape[-1]
+
+    def factors(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return sample n's factors, from its first live token to its last."""
+        start, stop = self.spans[n]
+        left = _computable(self.left[n, start:stop])
+        if self.unscale != 1.0:
+            left = left * self.unscale
+        return left, _computable(self.right[n, start:stop])
+
+    def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
+        """See `SampleGradients`."""
+        pairs = [self.factors(n) for n in kept if self.spans[n][0] < self.spans[n][1]]
+        # One token: the square of the product is the product of the squares.
+        single = [pair for pair in pairs if len(pair[0]) == 1]
+        if single:
+            left, right = (
+                torch.cat(side).square_() for side in zip(*single, strict=True)
+            )
+            single = [(left, right)]
+        several = [pair for pair in pairs if len(pair[0]) > 1]
+        if not pairs:
+            return
+        rows, columns = self.shape
+        step = max(1, _TILE_BYTES // (columns * pairs[0][0].element_size()))
+        step = min(step, rows)
+        product = pairs[0][0].new_empty(step, columns)
+        squares = torch.empty_like(product)
+        matrix = total.view(rows, columns)
+        for start in range(0, rows, step):
+            tile = matrix[start : start + step]
+            g, sum_of_squares = product[: len(tile)], squares[: len(tile)]
+            if single:
+                torch.mm(left[:, start : start + step].t(), right, out=sum_of_squares)
+            for number, (l_n, r_n) in enumerate(several):
+                torch.mm(l_n[:, start : start + step].t(), r_n, out=g)
+                if number == 0 and not single:
+                    torch.mul(g, g, out=sum_of_squares)
+                else:
+                    sum_of_squares.addcmul_(g, g)
+            tile.add_(sum_of_squares)
+
+    def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
+        """See `SampleGradients`."""
+        pairs = [self.factors(n) for n in kept]
+        left, right = (torch.cat(side) for side in zip(*pairs, strict=True))
+        total.view(self.shape).add_(left.t() @ right)
+
+    def squared_norm(self, n: int) -> Tensor:
+        """See `SampleGradients`."""
+        left, right = self.factors(n)
+        rows, columns = self.shape
+        if len(left) * (rows + columns) <= rows * columns:  # less work than forming g_n
+            gram = (left @ left.t()).mul_(right @ right.t())
+            return gram.sum(dtype=torch.float64)
+        # One float32 norm over a large g_n would be off by up to 1e-3.
+        norms = torch.linalg.vector_norm(left.t() @ right, dim=1)
+        norm: Tensor = norms.double().square().sum()
+        return norm
+
+    def at(self, rows: Sequence[int], where: Where) -> Tensor:
+        """See `SampleGradients`."""
+        used, columns, place = where.used
+        if len(used) * len(columns) > _SAMPLED_COST * len(where):
+            return torch.stack([self._sampled(n, where) for n in rows])
+        spans = [self.spans[n] for n in rows]
+        tokens = slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+        left, right = (
+            _computable(rows_of(side[:, tokens], rows)[..., wanted])
+            for side, wanted in ((self.left, used), (self.right, columns))
+        )
+        block = torch.bmm(left.transpose(1, 2), right).flatten(1)
+        return block[:, place].mul_(self.unscale)
+
+    def _sampled(self, n: int, where: Where) -> Tensor:
+        left, right = self.factors(n)
+        pattern = where.pattern(left.dtype)
+        product = torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0.0)
+        values: Tensor = product.values()
+        return values
+
+    def rows_at(self, n: int, rows: Tensor) -> Tensor:
+        """Return whole rows of sample n's gradient. Shape ``[len(rows), i]``."""
+        left, right = self.factors(n)
+        return left[:, rows].t() @ right
+
+    def tensors(self) -> Iterator[Tensor]:
+        """See `SampleGradients`."""
+        yield from (self.left, self.right)
+
+
+def join_outers(uses: Sequence[Outer]) -> Outer:
+    """Sum the gradients from several uses: their tokens stand side by side."""
+    if len(uses) == 1:
+        return uses[0]
+    left, right = (
+        torch.cat([getattr(use, side) for use in uses], 1) for side in ("left", "right")
+    )
+    live = [left.new_zeros(use.left.shape[:2], dtype=torch.bool) for use in uses]
+    for use, mask in zip(uses, live, strict=True):
+        for n, (start, stop) in enumerate(use.spans):
+            mask[n, start:stop] = True
+    return Outer(left, right, torch.cat(live, 1), uses[0].unscale)
+
+
+def _spans(live: Tensor) -> list[tuple[int, int]]:
+    """Return where the live tokens of each sample begin and end."""
+    length = live.shape[1]
+    flags = live.to(torch.uint8)
+    first = flags.argmax(1)
+    stop = length - flags.flip(1).argmax(1)
+    stop = torch.where(live.any(1), stop, first)
+    return list(zip(first.tolist(), stop.tolist(), strict=True))
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,99 @@
+"""What the substitutes of a parameter's uses leave behind, gathered by parameter."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_ird.selection.gradients.dense import Dense
+from peft_ird.selection.gradients.forms import SampleGradients, combine
+from peft_ird.selection.gradients.outer import Outer
+from peft_ird.selection.gradients.rows import Rows
+
+__all__ = ["Observer", "Recorder"]
+
+Observer = Callable[[int, SampleGradients], None]
+
+
+class Recorder:
+    """Collects per-sample gradients, use by use, and passes them on when complete.
+
+    Args:
+        parameters: The parameters by number; none of them requires a gradient.
+        size: Number of samples in the batch.
+        device: The model's device.
+        observe: Called with a parameter's number and its gradients as soon as the
+            backward pass is through with the parameter.
+        scale: Factor on the loss that keeps low-precision gradients from underflow;
+            what is handed out is free of it.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[int, nn.Parameter],
+        size: int,
+        device: torch.device,
+        observe: Observer,
+        scale: float = 1.0,
+    ) -> None:
+        self.size = size
+        self.losses: list[Tensor] = []
+        self._numbers = {id(p): i for i, p in parameters.items()}
+        self._observe = observe
+        self.scale = scale
+        self._uses: dict[int, int] = defaultdict(int)
+        self._found: dict[int, list[SampleGradients]] = defaultdict(list)
+        self.is_backward = False
+        # Makes outputs require a gradient although every parameter is frozen.
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def number(self, tensor: Any) -> int | None:
+        """Return the number of a parameter, None for any other tensor."""
+        return self._numbers.get(id(tensor)) if tensor is not None else None
+
+    def use(self, number: int | None) -> None:
+        """Note that a parameter is used; recomputed forwards do not count."""
+        if number is not None and not self.is_backward:
+            self._uses[number] += 1
+
+    def hand_out(self, number: int, gradients: SampleGradients) -> None:
+        """Take the gradients of one use; pass them on once there are all of them."""
+        found = self._found[number]
+        found.append(gradients)
+        if len(found) == self._uses[number]:
+            self._pass_on(number)
+
+    def finish(self) -> None:
+        """Pass on what is left: some uses had no gradient."""
+        for number in list(self._found):
+            self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        gradients = combine(self._found.pop(number))
+        if gradients is not None:
+            self._observe(number, gradients)
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with a leading batch as ``[n, t, features]``."""
+        return tensor.reshape(self.size, -1, tensor.shape[-1])
+
+    def dense(self, values: Tensor) -> Dense:
+        """Return gradients of shape ``[n, numel]``, in float32 or better, unscaled."""
+        values = values if values.dtype == torch.float64 else values.float()
+        return Dense(values / self.scale if self.scale != 1.0 else values)
+
+    def outer(self, left: Tensor, right: Tensor, live: Tensor) -> Outer:
+        """Return gradients as products of factors, unscaled."""
+        return Outer(left.detach(), right.detach(), live, 1 / self.scale)
+
+    def rows(self, ids: Tensor, grads: Tensor) -> Rows:
+        """Return gradients of looked-up rows, in float32 or better, unscaled."""
+        grads = grads if grads.dtype == torch.float64 else grads.float()
+        grads = grads / self.scale if self.scale != 1.0 else grads
+        return Rows.of_tokens(ids.reshape(self.size, -1), grads)
+
+    def splits(self, tensor: Any) -> bool:
+        """Return whether a tensor's leading dimension is made of samples."""
+        return bool(tensor.ndim > 0 and tensor.shape[0] % self.size == 0)

@@ -1,0 +1,133 @@
+"""One calibration sample at a time: read, checked, and differentiated alone."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from peft_ird.selection.calibration import Calibration
+from peft_ird.selection.gradients.batching import Sample, cut
+from peft_ird.selection.gradients.lending import requiring_grad
+from peft_ird.selection.pool import Pool
+from peft_ird.selection.randomness import own_randomness
+from peft_ird.selection.sampling import check_labels, with_sampled_labels
+
+__all__ = ["Singles"]
+
+_REMEMBERED = 8192
+
+
+class Singles:
+    """The samples of a calibration set, each alone; what is slow and surely right.
+
+    Args:
+        model: The model; use it inside `borrowed`.
+        pool: The candidate entries.
+        calibration: The samples.
+        fisher_type: ``"empirical"`` or ``"sampled"`` labels.
+        seed: Seed of the sampled labels; a sample's labels do not depend on the order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: Pool,
+        calibration: Calibration,
+        fisher_type: str,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.calibration = calibration
+        self.fisher_type = fisher_type
+        self.seed = seed
+        self._samples: dict[int, Sample] = {}
+
+    def sample(self, position: int) -> Sample:
+        """Return a sample for a batch: cut to its length, its labels checked or drawn.
+
+        Args:
+            position: Position in the calibration data.
+
+        Raises:
+            ValueError: If its labels are missing or out of range.
+        """
+        if position in self._samples:
+            return self._samples[position]
+        sample = Sample(position, cut(self._inputs(position)))
+        if len(self._samples) < _REMEMBERED:
+            self._samples[position] = sample
+        return sample
+
+    def _inputs(self, position: int) -> object:
+        seed = hash((self.seed, position)) & (2**63 - 1)
+        with own_randomness(seed):  # a collator's masks do not depend on the order
+            inputs = self.calibration.batch(position, self.model)
+        if self.calibration.loss is None:
+            check_labels(inputs, self.model, position)
+        if self.fisher_type == "sampled":
+            generator = torch.Generator().manual_seed(seed)
+            inputs = with_sampled_labels(self._moved(inputs), self.model, generator)
+        return inputs
+
+    def _moved(self, inputs: object) -> object:
+        device = next(self.model.parameters()).device
+        return tree_map_only(Tensor, lambda t: t.to(device), inputs)
+
+    def gradients(
+        self, position: int, parts: Sequence[int]
+    ) -> tuple[float, dict[int, Tensor]]:
+        """Return a sample's loss and gradients by the ordinary backward pass.
+
+        Args:
+            position: Position in the calibration data.
+            parts: Numbers of the parameters in the pool.
+
+        Returns:
+            The loss, and by parameter its gradient, 1-D, float32 or float64;
+            parameters that the loss does not depend on are left out.
+
+        Raises:
+            ValueError: If the loss or a gradient is not finite; the sample is named.
+        """
+        parameters = [self.pool.parameters[i] for i in parts]
+        with requiring_grad(parameters):
+            loss = self._loss(position)
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                loss, parameters, allow_unused=True
+            )
+        gradients = {}
+        for i, gradient in zip(parts, found, strict=True):
+            if gradient is None:
+                continue
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            gradients[i] = dense.reshape(-1).to(self.pool.dtype)
+            if not _is_finite(gradients[i]):
+                raise ValueError(
+                    f"The gradient of '{self.pool.name(i)}' is not finite on "
+                    f"calibration sample {position}. Remove that sample, or load "
+                    "the model in float32."
+                )
+        return loss.item(), gradients
+
+    def _loss(self, position: int) -> Tensor:
+        inputs = self._moved(self._inputs(position))
+        loss = torch.as_tensor(self.calibration.batch_loss(self.model, inputs))
+        if loss.numel() != 1 or not math.isfinite(loss.item()):
+            raise ValueError(
+                f"The loss of calibration sample {position} must be one finite number, "
+                f"got {loss.tolist()}. Look at that sample and its labels."
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"The loss of calibration sample {position} does not depend on any of "
+                "the targeted parameters. Check `target_modules` and the loss."
+            )
+        return loss.reshape(())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is one pass without temporaries; only one that overflows needs a look.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

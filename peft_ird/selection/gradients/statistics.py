@@ -1,0 +1,167 @@
+"""What is summed over samples: squares, gradients, scores. Accumulators of a stream.
+
+Sums over the samples of a batch are in the type of the gradients, sums over batches in
+float64, so that they do not depend on the order of the batches or on who adds them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from peft_ird.selection.gradients.forms import SampleGradients
+from peft_ird.selection.gradients.where import Where
+from peft_ird.selection.pool import Pool
+
+__all__ = ["GradientSum", "Scores", "SquareSum", "SquareSumAt", "Statistic"]
+
+_PORTION = 1 << 22  # entries of single samples that are looked at together
+
+
+class Statistic(Protocol):
+    """Something summed over samples, for each parameter or each sample."""
+
+    def update(
+        self,
+        part: int,
+        gradients: SampleGradients,
+        rows: Sequence[int],
+        positions: Sequence[int],
+    ) -> None:
+        """Add the gradients of some samples with respect to one parameter.
+
+        Args:
+            part: The parameter's number.
+            gradients: Gradients of the samples of a batch.
+            rows: Which samples of the batch to add.
+            positions: Their positions in the calibration data.
+        """
+
+    def tensors(self) -> list[Tensor]:
+        """Return the sums so far."""
+
+
+class SquareSum:
+    r""":math:`\sum_n g_n[j]^2` for every entry of some parameters.
+
+    Args:
+        pool: The candidate entries.
+        parts: Numbers of the parameters.
+    """
+
+    def __init__(self, pool: Pool, parts: Sequence[int]) -> None:
+        self.totals = {part: _zeros(pool, part, pool.sizes[part]) for part in parts}
+        self.seen: set[int] = set()
+
+    def update(
+        self,
+        part: int,
+        gradients: SampleGradients,
+        rows: Sequence[int],
+        positions: Sequence[int],  # noqa: ARG002 (the interface)
+    ) -> None:
+        """See `Statistic`."""
+        self.seen.add(part)
+        gradients.add_squares_(self.totals[part], rows)
+
+    def tensors(self) -> list[Tensor]:
+        """See `Statistic`."""
+        return list(self.totals.values())
+
+
+class GradientSum(SquareSum):
+    r""":math:`\sum_n g_n[j]` for every entry of some parameters; as `SquareSum`."""
+
+    def update(
+        self,
+        part: int,
+        gradients: SampleGradients,
+        rows: Sequence[int],
+        positions: Sequence[int],  # noqa: ARG002 (the interface)
+    ) -> None:
+        """See `Statistic`."""
+        self.seen.add(part)
+        gradients.add_sum_(self.totals[part], rows)
+
+
+class SquareSumAt:
+    r""":math:`\sum_n g_n[j]^2` for chosen entries only.
+
+    Args:
+        pool: The candidate entries.
+        chosen: Where they are, by parameter; without those that have none.
+    """
+
+    def __init__(self, pool: Pool, chosen: Mapping[int, Where]) -> None:
+        self.chosen = chosen
+        self.totals = {part: _zeros(pool, part, len(w)) for part, w in chosen.items()}
+
+    def update(
+        self,
+        part: int,
+        gradients: SampleGradients,
+        rows: Sequence[int],
+        positions: Sequence[int],  # noqa: ARG002 (the interface)
+    ) -> None:
+        """See `Statistic`."""
+        where = self.chosen[part]
+        for some in _portions(rows, len(where)):
+            self.totals[part].add_(gradients.at(some, where).square_().sum(0))
+
+    def tensors(self) -> list[Tensor]:
+        """See `Statistic`."""
+        return list(self.totals.values())
+
+
+class Scores:
+    r""":math:`\sum_{j \in P} g_n[j]^2` for every sample.
+
+    Args:
+        samples: Positions of the samples.
+        chosen: The entries P, by parameter; None for all candidates.
+    """
+
+    def __init__(
+        self, samples: Sequence[int], chosen: Mapping[int, Where] | None
+    ) -> None:
+        self.chosen = chosen
+        self.totals = torch.zeros(len(samples), dtype=torch.float64)
+        self._places = {position: n for n, position in enumerate(samples)}
+
+    def update(
+        self,
+        part: int,
+        gradients: SampleGradients,
+        rows: Sequence[int],
+        positions: Sequence[int],
+    ) -> None:
+        """See `Statistic`."""
+        if self.chosen is None:
+            found = torch.stack([gradients.squared_norm(row) for row in rows])
+        else:
+            where = self.chosen[part]
+            found = torch.cat(
+                [
+                    gradients.at(some, where).square_().sum(1, dtype=torch.float64)
+                    for some in _portions(rows, len(where))
+                ]
+            )
+        places = torch.tensor([self._places[position] for position in positions])
+        self.totals[places] += found.cpu()
+
+    def tensors(self) -> list[Tensor]:
+        """See `Statistic`."""
+        return [self.totals]
+
+
+def _portions(rows: Sequence[int], entries: int) -> Iterator[Sequence[int]]:
+    """Cut samples into portions whose entries fit into a small buffer."""
+    size = max(1, _PORTION // max(1, entries))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _zeros(pool: Pool, part: int, size: int) -> Tensor:
+    device = pool.parameters[part].device
+    return torch.zeros(size, dtype=torch.float64, device=device)

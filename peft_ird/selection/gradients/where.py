@@ -1,0 +1,63 @@
+"""Chosen entries of one parameter, and what finding them quickly needs."""
+
+import warnings
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Where"]
+
+
+class Where:
+    """Chosen entries of one parameter, and what finding them quickly needs.
+
+    Args:
+        flat: Sorted flat row-major positions. Shape ``[k]``, int64.
+        shape: The parameter's shape.
+    """
+
+    def __init__(self, flat: Tensor, shape: torch.Size) -> None:
+        self.flat = flat
+        self.shape = shape
+        self._pattern: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.flat.numel()
+
+    @cached_property
+    def row(self) -> Tensor:
+        """Row of each entry. Shape ``[k]``."""
+        return self.flat // self.shape[1]
+
+    @cached_property
+    def column(self) -> Tensor:
+        """Column of each entry. Shape ``[k]``."""
+        return self.flat % self.shape[1]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where each row begins among the entries. Shape ``[o + 1]``."""
+        bounds = torch.arange(self.shape[0] + 1, device=self.flat.device)
+        return torch.searchsorted(self.flat, bounds * self.shape[1])
+
+    @cached_property
+    def used(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows and columns with an entry, and the entries' places in that block."""
+        rows, row = self.row.unique(return_inverse=True)
+        columns, column = self.column.unique(return_inverse=True)
+        return rows, columns, row * len(columns) + column
+
+    def pattern(self, dtype: torch.dtype) -> Tensor:
+        """Return a sparse CSR matrix with these entries, all zero."""
+        if self._pattern is None or self._pattern.dtype != dtype:
+            self._pattern = self._make_pattern(dtype)
+        return self._pattern
+
+    def _make_pattern(self, dtype: torch.dtype) -> Tensor:
+        zeros = torch.zeros(len(self), dtype=dtype, device=self.flat.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                self.starts, self.column, zeros, size=self.shape, check_invariants=False
+            )
