@@ -244,6 +244,11 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         for name in ("budget", "num_samples", "num_ranked_samples", "memory_limit"):
             self._check_whole(name, at_least=1)
         self._check_whole("head_warmup_steps", at_least=0)
+        if not self.head_warmup_learning_rate > 0:
+            raise ValueError(
+                "`head_warmup_learning_rate` must be above 0, got "
+                f"{self.head_warmup_learning_rate!r}."
+            )
         if not 0 <= self.trim_samples < 1:
             raise ValueError(
                 f"`trim_samples` must lie in [0, 1), got {self.trim_samples!r}."

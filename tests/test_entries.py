@@ -1,6 +1,6 @@
 """Choices of entries against sorting everything."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -50,10 +50,7 @@ def expected(tree, k, scope, inside=None, largest=True) -> list[int]:
     if scope != "per_module":
         bounds = [0, len(scores)]
     inside = range(len(scores)) if inside is None else inside
-    members = [
-        [i for i in inside if low <= i < high]
-        for low, high in zip(bounds, bounds[1:], strict=False)
-    ]
+    members = [[i for i in inside if low <= i < high] for low, high in pairwise(bounds)]
     budgets = oracles.shares([len(each) for each in members], k)
     chosen = []
     for each, budget in zip(members, budgets, strict=True):

@@ -40,7 +40,7 @@ class TopK:
         # part -> its candidates, and where and in which dtype it was offered
         self._held: dict[int, int] = {}
         self._offered: dict[int, tuple[torch.device, torch.dtype]] = {}
-        # the k-th best of a prefix; what only equals it comes too late
+        # k scores offered beat it, or reach it before what comes next
         self._bound: Tensor | None = None
 
     def update(self, part: int, scores: Tensor) -> None:
@@ -68,11 +68,14 @@ class TopK:
         self._held[part] = 0
         if self._k == 0:
             return
+        scores = scores.detach()
+        if self._bound is None and len(scores) > 2 * self._k:
+            self._bound = self._guess_bound(scores)
         for start in range(0, len(scores), _CHUNK):
-            chosen = self._filter(scores[start : start + _CHUNK].detach())
+            chosen = self._filter(scores[start : start + _CHUNK])
             self._hold(part, chosen + start, scores)
             if self._count > 2 * self._k:
-                self._prune()
+                self._prune(self._guess_bound(self._values[: self._count]))
 
     def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Return the winners, ``min(k, offered)`` in all.
@@ -83,7 +86,7 @@ class TopK:
             that was offered; both on the device of the part.
         """
         if self._count > self._k:
-            self._prune()
+            self._prune(None)
         winners = {part: held for part, held in self._held.items() if held}
         if not winners:
             return {}
@@ -115,37 +118,53 @@ class TopK:
         self._positions = _with_room(self._positions, in_use, scores.device, dtype)
         self._values = _with_room(self._values, in_use, scores.device, scores.dtype)
         self._positions[in_use] = positions
-        self._values[in_use] = scores.detach()[positions]
+        self._values[in_use] = scores.index_select(0, positions)
         self._held[part] += len(positions)
         self._count = end
 
-    def _prune(self) -> None:
-        """Keep the best k of the candidates, in place."""
+    def _guess_bound(self, scores: Tensor) -> Tensor | None:
+        """Return a bound that k of the scores beat and few others, None if unlucky."""
+        sample = _sample(scores)
+        rank = self._k * len(sample) // len(scores)
+        rank += 4 * math.isqrt(rank) + 4  # standard deviations
+        if rank >= len(sample):
+            return None
+        bound = sample[-1 - rank if self._largest else rank]
+        beaten = [self._beats(c, bound).sum() for c in torch.split(scores, _CHUNK)]
+        return bound if int(torch.stack(beaten).sum()) >= self._k else None
+
+    def _prune(self, bound: Tensor | None) -> None:
+        """Keep the candidates that beat the bound, or the best k; in place."""
         ends = torch.tensor([0, *self._held.values()], device=self._values.device)
         ends = ends.cumsum(0)
         cuts = torch.zeros_like(ends)
         count = 0
-        for start, kept in self._choose():
+        for start, kept in self._choose(bound):
             for column in (self._positions, self._values):
-                column[count : count + len(kept)] = column[start:][kept]
+                kept_here = column[start:].index_select(0, kept)
+                column[count : count + len(kept)] = kept_here
             cuts += torch.searchsorted(kept, ends - start)
             count += len(kept)
         self._count = count
         kept_of = (end - start for start, end in pairwise(cuts.tolist()))
         self._held = dict(zip(self._held, kept_of, strict=True))
 
-    def _choose(self) -> Iterator[tuple[int, Tensor]]:
-        """Set the bound to the k-th best; yield where the best k are, by chunk."""
+    def _choose(self, bound: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield where the candidates to keep are, by chunk."""
         values = self._values[: self._count]
-        rank = len(values) - self._k + 1 if self._largest else self._k
-        self._bound = bound = _order_statistic(values, rank)
-        missing = self._k - int(self._beats(values, bound).count_nonzero())
+        missing = 0  # how many of those that equal the bound are kept
+        if bound is None:
+            rank = len(values) - self._k + 1 if self._largest else self._k
+            bound = _order_statistic(values, rank)
+            missing = self._k - int(self._beats(values, bound).sum())
+        self._bound = bound
         for start in range(0, len(values), _CHUNK):
             chunk = values[start : start + _CHUNK]
             kept = self._beats(chunk, bound)
-            tied = (chunk == bound).nonzero().flatten()[:missing]
-            kept[tied] = True
-            missing -= len(tied)
+            if missing:
+                tied = (chunk == bound).nonzero().flatten()[:missing]
+                kept[tied] = True
+                missing -= len(tied)
             yield start, kept.nonzero().flatten()
 
 
@@ -274,6 +293,11 @@ def shares(sizes: list[int], k: int) -> list[int]:
     return parts
 
 
+def _sample(scores: Tensor) -> Tensor:
+    """Return some of the scores, sorted."""
+    return scores[:: -(-len(scores) // _SAMPLE)].sort().values
+
+
 def _with_room(
     column: Tensor, room: slice, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -294,7 +318,7 @@ def _order_statistic(values: Tensor, rank: int) -> Tensor:
     Only what lies between two bounds from a sorted sample is selected from; counting
     proves the bounds, and where they fail everything is selected from.
     """
-    sample = values[:: -(-len(values) // _SAMPLE)].sort().values
+    sample = _sample(values)
     middle = rank * len(sample) // len(values)
     slack = 2 * math.isqrt(len(sample)) + 1  # 4 standard deviations at the median
     low = sample[middle - slack] if middle >= slack else values.min()

@@ -43,14 +43,15 @@ def warmed_up(
             "`head_warmup_steps` needs a head that is trained whole; name it in "
             "`modules_to_save`, or give the `task_type`."
         )
-    before = [parameter.detach().clone() for parameter in head]
+    before = [(p, p.detach().clone(), p.grad) for p in head]
     try:
         with requiring_grad(head):
             _train(engine, head, steps, learning_rate, seed)
         yield
     finally:
-        for parameter, old in zip(head, before, strict=True):
+        for parameter, old, grad in before:
             parameter.data.copy_(old)
+            parameter.grad = grad
 
 
 def _train(
@@ -70,8 +71,6 @@ def _train(
         for parameter, gradient in zip(head, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
-    for parameter in head:
-        parameter.grad = None
     engine.ranks.copy_from_first(parameter.data for parameter in head)
 
 

@@ -89,7 +89,8 @@ class Engine:
         if self._outcome is None:
             groups = list(self._groups(range(len(self._pool.sizes))))
             trial = Trial(self.together, groups, self._limits.batch_size)
-            outcome = trial.outcome(samples)
+            with self._raising_together():
+                outcome = trial.outcome(samples)
             everywhere = frozenset().union(*self.ranks.gather(outcome.alone))
             self._outcome = replace(outcome, alone=everywhere)
             if everywhere:
@@ -125,14 +126,13 @@ class Engine:
         alone = [part for part in parts if part in outcome.alone]
         self._replay(samples, together, statistic)
         rest = [s for s in samples if s not in self._kept_positions]
-        batches = self._share(self.batches(rest)) if together else []
         total = len(rest) * bool(together) + len(samples) * bool(alone)
         hidden = True if self.ranks.rank or not total else None
         with (
             self._raising_together(),
             tqdm(total=total, desc=title, leave=False, disable=hidden) as bar,
         ):
-            for batch in batches:
+            for batch in self._share(self.batches(rest)) if together else ():
                 self._run_batch(batch, together, statistic)
                 bar.update(len(batch) * self.ranks.size)
             for position in self._share(samples) if alone else ():

@@ -1,0 +1,131 @@
+"""Several processes select what one does."""
+
+import multiprocessing
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from peft_ird import Calibration, IRDConfig, select_parameters
+from peft_ird.selection.gradients.ranks import Ranks
+from tests.conftest import make_model, make_samples, task_type
+
+SETTINGS = {
+    "ird": {"density": 0.01, "num_samples": 13, "initial_density": 0.1},
+    "reverse_ird": {"density": 0.01, "num_samples": 13, "initial_density": 0.1},
+    "fish": {"budget": 60, "num_samples": 13, "scope": "per_module"},
+    "gradient": {"budget": 60, "num_samples": 9},
+}
+OPTIONS = {
+    "warm": {"head_warmup_steps": 2, "scope": "balanced", "sample_scaling": "loss"},
+    "pooled": {"num_ranked_samples": 17, "num_samples": 6, "trim_samples": 0.2},
+}
+
+
+def facts(selection):
+    return {
+        "indices": {
+            m: {n: t.tolist() for n, t in parameters.items()}
+            for m, parameters in selection.indices.items()
+        },
+        "scores": {
+            m: {n: t.tolist() for n, t in parameters.items()}
+            for m, parameters in selection.scores.items()
+        },
+        "samples": selection.samples,
+        "sample_scores": selection.sample_scores.tolist(),
+    }
+
+
+def selections():
+    """What is selected with each method and option, in float32."""
+    torch.set_num_threads(1)
+    found = {}
+    for kind in ("bert", "llama", "t5"):
+        data = Calibration(make_samples(kind, 17))
+        for method, settings in SETTINGS.items():
+            config = IRDConfig(task_type=task_type(kind), method=method, **settings)
+            found[kind, method] = facts(
+                select_parameters(make_model(kind), config, data)
+            )
+    data = Calibration(make_samples("bert", 17))
+    for name, options in OPTIONS.items():
+        settings = {**SETTINGS["ird"], **options}
+        config = IRDConfig(task_type="SEQ_CLS", **settings)
+        found["bert", name] = facts(select_parameters(make_model("bert"), config, data))
+    return found
+
+
+def errors(rank):
+    """What a process says to a bad sample that only one of them looks at."""
+
+    def loss(model, batch):
+        value = model(**batch).loss
+        is_mine = batch["input_ids"].shape[0] == 1 and rank == 1
+        return value * float("nan") if is_mine else value
+
+    data = Calibration(make_samples("bert", 12), loss=loss, batch_size=1)
+    config = IRDConfig(task_type="SEQ_CLS", density=0.1, num_samples=12)
+    with pytest.raises(ValueError, match="loss of calibration sample") as caught:
+        select_parameters(make_model("bert"), config, data)
+    other = IRDConfig(task_type="SEQ_CLS", density=0.1, num_samples=12, seed=rank)
+    with pytest.raises(ValueError, match="same seed") as unequal:
+        select_parameters(make_model("bert"), other, make_samples("bert", 12))
+    return str(caught.value), str(unequal.value)
+
+
+def work(rank, size, port, queue):
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    try:
+        queue.put((rank, (selections(), errors(rank))))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(size):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=work, args=(rank, size, port, queue), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=200) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return selections()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_process_selects_what_one_does_and_hears_of_errors(size, alone):
+    for found, (caught, unequal) in in_processes(size).values():
+        assert found == alone
+        assert "calibration sample" in caught
+        assert "rank 0 has 0" in unequal
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_work_is_dealt_out_once_and_evenly(size):
+    ranks = [Ranks() for _ in range(size)]
+    for rank, each in enumerate(ranks):
+        each.rank, each.size = rank, size
+    work = list(range(23))
+    costs = [float((7 * i) % 11 + 1) for i in work]
+    shares = [each.share(work, costs) for each in ranks]
+    assert sorted(i for share in shares for i in share) == work
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs)

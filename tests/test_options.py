@@ -1,0 +1,185 @@
+"""Options that change which samples and entries win, against brute force."""
+
+import copy
+
+import pytest
+import torch
+
+from peft_ird import IRDConfig, select_parameters
+from tests import oracles
+from tests.conftest import as_batch, make_samples, task_type
+from tests.test_selection import candidate_names, config, flat, problem
+
+
+def sizes_by_module(model) -> list[int]:
+    sizes: dict[str, int] = {}
+    for name in candidate_names(model):
+        module = name.rpartition(".")[0]
+        sizes[module] = sizes.get(module, 0) + model.get_parameter(name).numel()
+    return list(sizes.values())
+
+
+def test_a_larger_pool_is_ranked_by_all_candidates_before_anything_else(name):
+    model, calibration, gradients = problem(name)
+    options = {"budget": 40, "method": "fish", "num_samples": 5}
+    selection = select_parameters(
+        model, config(name, num_ranked_samples=12, **options), calibration
+    )
+    squares = gradients.square()
+    samples = oracles.best(squares.sum(1).tolist(), 5)
+    assert list(selection.first_samples) == samples
+    expected = oracles.best(squares[samples].mean(0).tolist(), 40)
+    assert flat(selection, model) == expected
+
+
+def test_reverse_starts_from_the_samples_of_the_smallest_scores(name):
+    model, calibration, gradients = problem(name)
+    settings = config(
+        name, density=0.05, method="reverse_ird", num_samples=5, num_ranked_samples=12
+    )
+    selection = select_parameters(model, settings, calibration)
+    scores = gradients.square().sum(1).tolist()
+    assert list(selection.first_samples) == oracles.best(scores, 5, largest=False)
+
+
+def test_the_pool_is_drawn_by_the_seed_and_ranked_for_gradients_too():
+    model, calibration, gradients = problem("bert")
+    settings = config(
+        "bert", budget=9, method="gradient", num_samples=3, num_ranked_samples=12
+    )
+    selection = select_parameters(model, settings, calibration)
+    samples = oracles.best(gradients.square().sum(1).tolist(), 3)
+    assert list(selection.samples) == samples
+    expected = oracles.best(gradients[samples].mean(0).abs().tolist(), 9)
+    assert flat(selection, model) == expected
+
+
+def test_more_ranked_samples_than_there_are():
+    model, calibration, _ = problem("bert")
+    settings = config("bert", density=0.1, num_samples=4, num_ranked_samples=13)
+    with pytest.raises(ValueError, match=r"`num_ranked_samples` is 13.*has 12"):
+        select_parameters(model, settings, calibration)
+
+
+def losses_alone(model, name) -> list[float]:
+    samples = [as_batch(sample) for sample in make_samples(name)]
+    with torch.no_grad():
+        return [model(**batch).loss.item() for batch in samples]
+
+
+@pytest.mark.parametrize("trim", [0.0, 0.2])
+@pytest.mark.parametrize("scaling", ["none", "length", "loss"])
+def test_sample_scores_are_scaled_and_trimmed(name, scaling, trim):
+    model, calibration, gradients = problem(name)
+    cells = [(12, 0.05), (4, 0.05)]
+    settings = config(
+        name, density=0.05, schedule=cells, sample_scaling=scaling, trim_samples=trim
+    )
+    selection = select_parameters(model, settings, calibration)
+    squares = gradients.square()
+    first = oracles.best(squares.mean(0).tolist(), round(0.05 * squares.shape[1]))
+    scores = squares[:, first].sum(1)
+    if scaling == "length":
+        scores /= torch.tensor([len(s["input_ids"]) for s in make_samples(name)])
+    if scaling == "loss":
+        scores /= torch.tensor(losses_alone(model, name)).square()
+    outliers = oracles.best(scores.tolist(), int(trim * 12))
+    inliers = [n for n in range(12) if n not in outliers]
+    picks = oracles.best(scores[inliers].tolist(), 4)
+    assert list(selection.samples) == [inliers[i] for i in picks]
+    torch.testing.assert_close(
+        selection.sample_scores, scores[list(selection.samples)].double()
+    )
+
+
+def test_trimming_leaves_the_samples_asked_for():
+    model, calibration, _ = problem("bert")
+    settings = config(
+        "bert", density=0.05, schedule=[(12, 0.05), (10, 0.05)], trim_samples=0.9
+    )
+    assert len(select_parameters(model, settings, calibration).samples) == 10
+
+
+def test_balanced_scores_are_divided_by_their_modules_mean(name):
+    model, calibration, gradients = problem(name)
+    options = {"budget": 50, "method": "fish", "num_samples": 12, "scope": "balanced"}
+    selection = select_parameters(model, config(name, **options), calibration)
+    pieces = gradients.square().mean(0).split(sizes_by_module(model))
+    scaled = torch.cat([piece / piece.mean() for piece in pieces])
+    assert flat(selection, model) == oracles.best(scaled.tolist(), 50)
+
+
+def warmed(model, samples, steps: int, rate: float):
+    """Adam on the head, every sample in every step, one sample at a time."""
+    model = copy.deepcopy(model)
+    head = list(model.classifier.parameters())
+    optimizer = torch.optim.Adam(head, lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for sample in samples:
+            (model(**as_batch(sample)).loss / len(samples)).backward()
+        optimizer.step()
+    return model
+
+
+def test_the_warm_up_trains_the_head_for_the_gradients_alone():
+    model, calibration, cold = problem("bert")
+    samples = make_samples("bert")
+    before = copy.deepcopy(model.state_dict())
+    model.classifier.bias.grad = torch.ones_like(model.classifier.bias)
+    settings = config(
+        "bert", budget=60, method="fish", num_samples=12, head_warmup_steps=7,
+        head_warmup_learning_rate=0.3,
+    )  # fmt: skip
+    selection = select_parameters(model, settings, calibration)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.classifier.weight.grad is None
+    assert torch.equal(model.classifier.bias.grad, torch.ones(2).double())
+    warm_model = warmed(model, samples, 7, 0.3)
+    warm = oracles.sample_gradients(
+        warm_model, [as_batch(s) for s in samples], candidate_names(model)
+    )
+    expected = oracles.best(warm.square().mean(0).tolist(), 60)
+    assert flat(selection, model) == expected
+    assert expected != oracles.best(cold.square().mean(0).tolist(), 60)
+
+
+def test_the_head_comes_back_when_the_selection_fails():
+    model, _, _ = problem("bert")
+    data = make_samples("bert")
+    data[5] = {**data[5], "labels": 9}
+    before = copy.deepcopy(model.state_dict())
+    settings = config("bert", density=0.1, num_samples=12, head_warmup_steps=3)
+    with pytest.raises(ValueError, match="calibration sample 5"):
+        select_parameters(model, settings, data)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_warm_up_without_a_head():
+    model, calibration, _ = problem("llama")
+    assert task_type("llama") == "CAUSAL_LM"
+    settings = config("llama", density=0.1, num_samples=4, head_warmup_steps=3)
+    with pytest.raises(ValueError, match="`head_warmup_steps` needs a head"):
+        select_parameters(model, settings, calibration)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_ranked_samples": 0}, "`num_ranked_samples` must be a whole number"),
+        ({"head_warmup_steps": -1}, "`head_warmup_steps` must be a whole number"),
+        ({"trim_samples": 1.0}, r"`trim_samples` must lie in \[0, 1\)"),
+        ({"sample_scaling": "size"}, "`sample_scaling` must be one of 'none'"),
+        ({"memory_limit": 0}, "`memory_limit` must be a whole number"),
+        ({"head_warmup_learning_rate": 0.0}, "`head_warmup_learning_rate` must"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        IRDConfig(density=0.1, **options)
+
+
+def test_the_memory_limit_is_kept_at_run_time_only():
+    settings = IRDConfig(density=0.1, memory_limit=1 << 30)
+    assert "memory_limit" not in settings.to_dict()
