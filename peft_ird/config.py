@@ -131,7 +131,8 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     memory_limit: int | None = option(
         None,
         "Bytes beyond the model that the selection may take. Default: no limit, but "
-        "at most 2 GiB of kept gradients. Kept at run time only.",
+        "at most a quarter of the device's memory, or 8 GiB, for kept gradients. "
+        "Kept at run time only.",
     )
     seed: int = option(
         0,

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from peft_ird.selection.calibration import Calibration
-from peft_ird.selection.gradients.engine import Engine, Limits
+from peft_ird.selection.gradients.engine import Engine
+from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.singles import Singles
 from peft_ird.selection.gradients.statistics import (
+    ACCUMULATOR_BYTES,
     GradientSum,
     Scores,
     SquareSum,
@@ -33,7 +35,6 @@ __all__ = ["FisherEstimator"]
 
 S = TypeVar("S", bound=Statistic)
 
-_ACCUMULATOR_BYTES = torch.float64.itemsize
 # In float16 the smallest gradients of a loss near one would underflow.
 _HALF_SCALE = 1024.0
 
@@ -52,8 +53,8 @@ class FisherEstimator:
         seed: Seed of the sampled labels; a sample's labels do not depend on the order.
         memory_limit: Bytes beyond the model for accumulators, activations and kept
             gradients. Half of it is for accumulators; more parameters than that holds
-            are taken in groups, with a pass each. Default: no groups, and 2 GiB of
-            kept gradients.
+            are taken in groups, with a pass each. Default: no groups, and a quarter of
+            the device's memory, at most 8 GiB, for kept gradients.
 
     Raises:
         ValueError: If ``memory_limit`` is too small for the largest parameter.
@@ -71,11 +72,8 @@ class FisherEstimator:
         self.pool = pool
         self._seed = seed
         self._ranks = Ranks()
-        limits = Limits(batch_size=calibration.batch_size)
-        self._groups = [list(range(len(pool.sizes)))]
-        if memory_limit is not None:
-            limits = _limits(pool, calibration, memory_limit)
-            self._groups = pool.groups(memory_limit // 2, _ACCUMULATOR_BYTES)
+        limits = Limits.of(pool, calibration.batch_size, memory_limit)
+        self._groups = pool.groups(limits.accumulator_bytes, ACCUMULATOR_BYTES)
         singles = Singles(model, pool, calibration, fisher_type, seed)
         self._engine = Engine(singles, self._ranks, limits)
         self._ranks.agree(
@@ -274,21 +272,3 @@ class FisherEstimator:
                 "These parameters get no gradient from any sample: "
                 f"{', '.join(unused)}. Name their modules in `exclude_modules`."
             )
-
-
-def _limits(pool: Pool, calibration: Calibration, memory_limit: int) -> Limits:
-    largest = max(pool.sizes) * _ACCUMULATOR_BYTES
-    if 2 * largest > memory_limit:
-        name = pool.name(pool.sizes.index(max(pool.sizes)))
-        raise ValueError(
-            f"`memory_limit` must hold at least twice the {largest} bytes of "
-            f"accumulators for '{name}', got {memory_limit}. Raise it, or leave that "
-            "module out with `exclude_modules`."
-        )
-    accumulators = min(len(pool) * _ACCUMULATOR_BYTES, memory_limit // 2)
-    return Limits(
-        batch_size=calibration.batch_size,
-        activation_bytes=memory_limit // 4,
-        cache_bytes=memory_limit - accumulators - memory_limit // 4,
-        part_bytes=memory_limit // 2,
-    )

@@ -18,38 +18,20 @@ from tqdm.auto import tqdm
 from peft_ird.selection.gradients.batching import Sample, plan
 from peft_ird.selection.gradients.dense import Dense
 from peft_ird.selection.gradients.forms import SampleGradients
+from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.singles import Singles
 from peft_ird.selection.gradients.statistics import Statistic
 from peft_ird.selection.gradients.together import Together, size_of
 from peft_ird.selection.gradients.trial import Outcome, Trial
 
-__all__ = ["Engine", "Limits"]
+__all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _WINDOW = 2048  # samples that are sorted by length together
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a pass may take.
-
-    Args:
-        tokens: Tokens in a batch, if ``batch_size`` is None.
-        batch_size: Samples in a batch.
-        activation_bytes: What a batch's saved activations may take; None for any.
-        cache_bytes: What kept gradients may take, over all processes.
-        part_bytes: Bytes of gradients that are formed at once for one sample.
-    """
-
-    tokens: int = 2048
-    batch_size: int | None = None
-    activation_bytes: int | None = None
-    cache_bytes: int = 2 << 30
-    part_bytes: int = 2**62
 
 
 @dataclass(frozen=True)
@@ -290,7 +272,7 @@ class Engine:
         """Divide parameters into groups whose gradients may be formed at once."""
         wanted = set(parts)
         entry_bytes = self._pool.dtype.itemsize
-        for group in self._pool.groups(self._limits.part_bytes, entry_bytes):
+        for group in self._pool.groups(self._limits.accumulator_bytes, entry_bytes):
             if not wanted.isdisjoint(group):
                 yield [part for part in group if part in wanted]
 

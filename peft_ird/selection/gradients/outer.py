@@ -17,6 +17,8 @@ __all__ = ["Outer", "join_outers"]
 
 # A tile of g_n stays in the cache while it is squared and added.
 _TILE_BYTES = 4 << 20
+# On a GPU that many bytes of gradients are formed at once.
+_BLOCK_BYTES = 256 << 20
 # One entry of a sampled product takes as long as this many of a dense one.
 _SAMPLED_COST = 7
 
@@ -54,35 +56,49 @@ class Outer:
 
     def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
-        pairs = [self.factors(n) for n in kept if self.spans[n][0] < self.spans[n][1]]
-        # One token: the square of the product is the product of the squares.
-        single = [pair for pair in pairs if len(pair[0]) == 1]
-        if single:
-            left, right = (
-                torch.cat(side).square_() for side in zip(*single, strict=True)
-            )
-            single = [(left, right)]
+        kept = [n for n in kept if self.spans[n][0] < self.spans[n][1]]
+        matrix = total.view(self.shape)
+        if kept and _is_wide(self.left.device):
+            self._add_blocks(matrix, kept)
+        elif kept:
+            self._add_tiles(matrix, kept)
+
+    def _add_tiles(self, matrix: Tensor, kept: Sequence[int]) -> None:
+        """Form one sample's gradient at a time, in tiles that stay in the cache."""
+        pairs = [self.factors(n) for n in kept]
         several = [pair for pair in pairs if len(pair[0]) > 1]
-        if not pairs:
-            return
+        # With one token, the square of the product is the product of the squares.
+        single = [pair for pair in pairs if len(pair[0]) == 1]
+        squared = [torch.cat(side).square_() for side in zip(*single, strict=True)]
         rows, columns = self.shape
         step = max(1, _TILE_BYTES // (columns * pairs[0][0].element_size()))
-        step = min(step, rows)
-        product = pairs[0][0].new_empty(step, columns)
+        product = pairs[0][0].new_empty(min(step, rows), columns)
         squares = torch.empty_like(product)
-        matrix = total.view(rows, columns)
-        for start in range(0, rows, step):
-            tile = matrix[start : start + step]
-            g, sum_of_squares = product[: len(tile)], squares[: len(tile)]
-            if single:
-                torch.mm(left[:, start : start + step].t(), right, out=sum_of_squares)
-            for number, (l_n, r_n) in enumerate(several):
-                torch.mm(l_n[:, start : start + step].t(), r_n, out=g)
-                if number == 0 and not single:
-                    torch.mul(g, g, out=sum_of_squares)
+        for tile, start in zip(matrix.split(step), range(0, rows, step), strict=True):
+            g, sums = product[: len(tile)], squares[: len(tile)]
+            chosen = slice(start, start + step)
+            if squared:
+                torch.mm(squared[0][:, chosen].t(), squared[1], out=sums)
+            for number, (left, right) in enumerate(several):
+                torch.mm(left[:, chosen].t(), right, out=g)
+                if number == 0 and not squared:
+                    torch.mul(g, g, out=sums)
                 else:
-                    sum_of_squares.addcmul_(g, g)
-            tile.add_(sum_of_squares)
+                    sums.addcmul_(g, g)
+            tile.add_(sums)
+
+    def _add_blocks(self, matrix: Tensor, kept: Sequence[int]) -> None:
+        """Form the gradients of many samples at once, for a device with many cores."""
+        rows, columns = self.shape
+        row_bytes = columns * torch.float32.itemsize
+        step = min(rows, max(1, _BLOCK_BYTES // row_bytes))
+        size = max(1, _BLOCK_BYTES // (step * row_bytes))
+        for tile, start in zip(matrix.split(step), range(0, rows, step), strict=True):
+            for first in range(0, len(kept), size):
+                some = kept[first : first + size]
+                left = rows_of(self.left, some)[..., start : start + step]
+                g = _products(left, rows_of(self.right, some))
+                tile.add_(g.square_().sum(0), alpha=self.unscale**2)
 
     def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
@@ -155,6 +171,17 @@ def _spans(live: Tensor) -> list[tuple[int, int]]:
     stop = length - flags.flip(1).argmax(1)
     stop = torch.where(live.any(1), stop, first)
     return list(zip(first.tolist(), stop.tolist(), strict=True))
+
+
+def _is_wide(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Return L^T R of each sample in float32 or better. Shape ``[n, o, i]``."""
+    if left.is_cuda and left.dtype in {torch.bfloat16, torch.float16}:
+        return torch.bmm(left.transpose(1, 2), right, out_dtype=torch.float32)
+    return torch.bmm(_computable(left).transpose(1, 2), _computable(right))
 
 
 def _computable(tensor: Tensor) -> Tensor:

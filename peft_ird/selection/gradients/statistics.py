@@ -14,8 +14,16 @@ from peft_ird.selection.gradients.forms import SampleGradients
 from peft_ird.selection.gradients.where import Where
 from peft_ird.selection.pool import Pool
 
-__all__ = ["GradientSum", "Scores", "SquareSum", "SquareSumAt", "Statistic"]
+__all__ = [
+    "ACCUMULATOR_BYTES",
+    "GradientSum",
+    "Scores",
+    "SquareSum",
+    "SquareSumAt",
+    "Statistic",
+]
 
+ACCUMULATOR_BYTES = torch.float64.itemsize
 _PORTION = 1 << 22  # entries of single samples that are looked at together
 
 

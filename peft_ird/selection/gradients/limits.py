@@ -1,0 +1,76 @@
+"""What passes over samples may take of the memory."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from peft_ird.selection.gradients.statistics import ACCUMULATOR_BYTES
+from peft_ird.selection.pool import Pool
+
+__all__ = ["Limits"]
+
+# Tokens in a batch: a CPU is busy with few, a GPU wants many.
+_TOKENS = {"cpu": 2048, "cuda": 16384}
+_MOST_KEPT = 8 << 30
+_UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pass may take.
+
+    Args:
+        tokens: Tokens in a batch, if ``batch_size`` is None.
+        batch_size: Samples in a batch.
+        accumulator_bytes: What sums over samples may take; also what the gradients of
+            one sample may take where they are formed.
+        activation_bytes: What a batch may leave for its backward pass; None for any.
+        cache_bytes: What kept gradients may take, over all processes.
+    """
+
+    tokens: int
+    batch_size: int | None
+    accumulator_bytes: int
+    activation_bytes: int | None
+    cache_bytes: int
+
+    @classmethod
+    def of(
+        cls, pool: Pool, batch_size: int | None, memory_limit: int | None
+    ) -> "Limits":
+        """Divide the memory: half for sums, a quarter for a batch, the rest to keep.
+
+        Args:
+            pool: The candidate entries.
+            batch_size: Samples in a batch; None for as many as there are tokens for.
+            memory_limit: Bytes beyond the model; None for no limit but that on kept
+                gradients, a quarter of the device's memory and at most 8 GiB.
+
+        Raises:
+            ValueError: If ``memory_limit`` is too small for the largest parameter.
+        """
+        tokens = _TOKENS.get(pool.device.type, _TOKENS["cuda"])
+        if memory_limit is None:
+            kept = min(_MOST_KEPT, _memory_of(pool.device) // 4)
+            return cls(tokens, batch_size, _UNLIMITED, None, kept)
+        largest = max(pool.sizes) * ACCUMULATOR_BYTES
+        if 2 * largest > memory_limit:
+            name = pool.name(pool.sizes.index(max(pool.sizes)))
+            raise ValueError(
+                f"`memory_limit` must hold at least twice the {largest} bytes of "
+                f"accumulators for '{name}', got {memory_limit}. Raise it, or leave "
+                "that module out with `exclude_modules`."
+            )
+        sums = min(len(pool) * ACCUMULATOR_BYTES, memory_limit // 2)
+        batch = memory_limit // 4
+        kept = memory_limit - sums - batch
+        return cls(tokens, batch_size, memory_limit // 2, batch, kept)
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 4 * _MOST_KEPT
