@@ -70,12 +70,13 @@ class TopK:
             return
         scores = scores.detach()
         if self._bound is None and len(scores) > 2 * self._k:
-            self._bound = self._guess_bound(scores)
+            self._bound = self._guess_bound(scores, len(scores))
         for start in range(0, len(scores), _CHUNK):
             chosen = self._filter(scores[start : start + _CHUNK])
             self._hold(part, chosen + start, scores)
             if self._count > 2 * self._k:
-                self._prune(self._guess_bound(self._values[: self._count]))
+                held = self._values[: self._count]
+                self._prune(self._guess_bound(held, self._k + self._k // 2))
 
     def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Return the winners, ``min(k, offered)`` in all.
@@ -113,25 +114,40 @@ class TopK:
     def _hold(self, part: int, positions: Tensor, scores: Tensor) -> None:
         """Append candidates, in columns that grow and widen as needed."""
         end = self._count + len(positions)
-        in_use = slice(self._count, end)
+        device = self._values.device if self._count else scores.device
         dtype = torch.int32 if len(scores) < 1 << 31 else torch.int64
-        self._positions = _with_room(self._positions, in_use, scores.device, dtype)
-        self._values = _with_room(self._values, in_use, scores.device, scores.dtype)
-        self._positions[in_use] = positions
-        self._values[in_use] = scores.index_select(0, positions)
+        self._positions = self._with_room(self._positions, end, device, dtype)
+        self._values = self._with_room(self._values, end, device, scores.dtype)
+        self._positions[self._count : end] = positions
+        self._values[self._count : end] = scores.index_select(0, positions)
         self._held[part] += len(positions)
         self._count = end
 
-    def _guess_bound(self, scores: Tensor) -> Tensor | None:
-        """Return a bound that k of the scores beat and few others, None if unlucky."""
+    def _with_room(
+        self, column: Tensor, end: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the column, or a copy that is longer or of a wider dtype."""
+        if self._count:
+            dtype = torch.promote_types(column.dtype, dtype)
+        if end <= len(column) and (column.device, column.dtype) == (device, dtype):
+            return column
+        length = max(end, min(2 * self._count, 2 * self._k + _CHUNK))
+        roomy = torch.empty(length, dtype=dtype, device=device)
+        roomy[: self._count] = column[: self._count]
+        return roomy
+
+    def _guess_bound(self, scores: Tensor, most: int) -> Tensor | None:
+        """Return a bound that k to ``most`` of the scores beat, None if unlucky."""
         sample = _sample(scores)
         rank = self._k * len(sample) // len(scores)
         rank += 4 * math.isqrt(rank) + 4  # standard deviations
         if rank >= len(sample):
             return None
         bound = sample[-1 - rank if self._largest else rank]
-        beaten = [self._beats(c, bound).sum() for c in torch.split(scores, _CHUNK)]
-        return bound if int(torch.stack(beaten).sum()) >= self._k else None
+        count = 0
+        for chunk in torch.split(scores, _CHUNK):
+            count += int(self._beats(chunk, bound).count_nonzero())
+        return bound if self._k <= count <= most else None
 
     def _prune(self, bound: Tensor | None) -> None:
         """Keep the candidates that beat the bound, or the best k; in place."""
@@ -156,7 +172,7 @@ class TopK:
         if bound is None:
             rank = len(values) - self._k + 1 if self._largest else self._k
             bound = _order_statistic(values, rank)
-            missing = self._k - int(self._beats(values, bound).sum())
+            missing = self._k - int(self._beats(values, bound).count_nonzero())
         self._bound = bound
         for start in range(0, len(values), _CHUNK):
             chunk = values[start : start + _CHUNK]
@@ -296,20 +312,6 @@ def shares(sizes: list[int], k: int) -> list[int]:
 def _sample(scores: Tensor) -> Tensor:
     """Return some of the scores, sorted."""
     return scores[:: -(-len(scores) // _SAMPLE)].sort().values
-
-
-def _with_room(
-    column: Tensor, room: slice, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Return a column with room for that slice and dtype; the first sets the device."""
-    if room.start:
-        device = column.device
-        dtype = torch.promote_types(column.dtype, dtype)
-    if room.stop <= len(column) and (column.device, column.dtype) == (device, dtype):
-        return column
-    wider = torch.empty(max(room.stop, 2 * room.start), dtype=dtype, device=device)
-    wider[: room.start] = column[: room.start]
-    return wider
 
 
 def _order_statistic(values: Tensor, rank: int) -> Tensor:

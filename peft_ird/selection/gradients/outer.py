@@ -17,10 +17,12 @@ __all__ = ["Outer", "join_outers"]
 
 # A tile of g_n stays in the cache while it is squared and added.
 _TILE_BYTES = 4 << 20
-# On a GPU that many bytes of gradients are formed at once.
+# Bytes of gradients that are formed at once: on a GPU, or where few are wanted.
 _BLOCK_BYTES = 256 << 20
-# One entry of a sampled product takes as long as this many of a dense one.
-_SAMPLED_COST = 7
+# A sampled product takes as long as a dense one of this share of the matrix, and as
+# this many entries of a dense one for each entry.
+_SAMPLED_SHARE = 0.2
+_SAMPLED_COST = 4
 
 
 class Outer:
@@ -120,17 +122,29 @@ class Outer:
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""
-        used, columns, place = where.used
-        if len(used) * len(columns) > _SAMPLED_COST * len(where):
+        used, columns, _ = where.used
+        area, whole = len(used) * len(columns), self.shape[0] * self.shape[1]
+        sampled = _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
+        if area > sampled and not _is_wide(self.left.device):
             return torch.stack([self._sampled(n, where) for n in rows])
+        size = max(1, _BLOCK_BYTES // (area * torch.float32.itemsize))
+        return torch.cat(
+            [
+                self._block(rows[first : first + size], where)
+                for first in range(0, len(rows), size)
+            ]
+        )
+
+    def _block(self, rows: Sequence[int], where: Where) -> Tensor:
+        """Multiply the used rows and columns only, and read the entries there."""
+        used, columns, place = where.used
         spans = [self.spans[n] for n in rows]
         tokens = slice(min(start for start, _ in spans), max(stop for _, stop in spans))
         left, right = (
-            _computable(rows_of(side[:, tokens], rows)[..., wanted])
+            rows_of(side[:, tokens], rows)[..., wanted]
             for side, wanted in ((self.left, used), (self.right, columns))
         )
-        block = torch.bmm(left.transpose(1, 2), right).flatten(1)
-        return block[:, place].mul_(self.unscale)
+        return _products(left, right).flatten(1)[:, place].mul_(self.unscale)
 
     def _sampled(self, n: int, where: Where) -> Tensor:
         left, right = self.factors(n)

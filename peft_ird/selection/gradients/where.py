@@ -44,8 +44,8 @@ class Where:
     @cached_property
     def used(self) -> tuple[Tensor, Tensor, Tensor]:
         """The rows and columns with an entry, and the entries' places in that block."""
-        rows, row = self.row.unique(return_inverse=True)
-        columns, column = self.column.unique(return_inverse=True)
+        rows, row = _numbered(self.row, self.shape[0])
+        columns, column = _numbered(self.column, self.shape[1])
         return rows, columns, row * len(columns) + column
 
     def pattern(self, dtype: torch.dtype) -> Tensor:
@@ -61,3 +61,10 @@ class Where:
             return torch.sparse_csr_tensor(
                 self.starts, self.column, zeros, size=self.shape, check_invariants=False
             )
+
+
+def _numbered(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct values below ``size``, and which of them each value is."""
+    is_used = torch.zeros(size, dtype=torch.bool, device=values.device)
+    is_used[values] = True
+    return is_used.nonzero().flatten(), (is_used.cumsum(0) - 1)[values]
