@@ -5,8 +5,6 @@ python benchmarks/run.py --seeds 0 1 2
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -15,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from record import RESULTS, ROOT, git_state, machine, write
+
 _LOCAL = ("adapter", "data_dir", "model", "output_dir")  # paths of one machine
 
 
@@ -64,36 +62,6 @@ def without_paths(found: Any) -> Any:
         else without_paths(value)
         for name, value in found.items()
     }
-
-
-def git_state() -> dict[str, Any]:
-    """Return the commit, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    return {
-        "cores": os.cpu_count(),
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
-
-
-def write(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, then rename it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

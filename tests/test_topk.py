@@ -159,10 +159,13 @@ def held(monkeypatch) -> list[int]:
     return counts
 
 
-def test_two_k_candidates_and_a_chunk_are_held_at_most(held):
-    with sizes_of(chunk=50):
-        select(many("ascending").split(1000), 200)
-    assert max(held) == 450
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [3, 200])
+def test_two_k_candidates_and_a_chunk_are_held_at_most(held, kind, k, largest):
+    with sizes_of(chunk=50, sample=64):
+        select(many(kind).split(300), k, largest=largest)
+    assert k < max(held) <= 2 * k + 50
 
 
 def test_what_comes_below_k_held_candidates_is_not_held(held):
@@ -170,6 +173,12 @@ def test_what_comes_below_k_held_candidates_is_not_held(held):
         select(many("descending").split(1000), 200)
     assert held[:10] == [*range(50, 451, 50), 200]
     assert set(held[10:]) == {200}
+
+
+def test_a_big_part_is_filtered_from_its_first_chunk(held):
+    with sizes_of(chunk=500, sample=256):
+        select([many("random")], 600)
+    assert held[0] < 150  # about twice the 50 that win
 
 
 def test_finishing_twice_gives_the_same_and_more_may_follow():

@@ -1,0 +1,215 @@
+"""Time whole selections against one Fisher pass, and several processes against one.
+
+python benchmarks/selection_stairs.py                  # a few minutes
+python benchmarks/selection_stairs.py --shapes tiny --repeats 1
+"""
+
+import argparse
+import hashlib
+import multiprocessing
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from record import RESULTS, git_state, machine, versions, write
+from selection_speed import SHAPES, build, candidates, draw
+
+from peft_ird import Calibration, IRDConfig, Selection, select_parameters
+from peft_ird.selection.fisher import FisherEstimator
+from peft_ird.selection.gradients.lending import borrowed
+
+SAMPLES = 128  # of the paper's first cell
+LENGTHS = ("32", "64", "mixed")
+BAR = 1.5
+WORLD = (1, 2, 4)
+
+Record = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write to one file.
+
+    Args:
+        argv: Arguments of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=["minilm"])
+    add("--lengths", nargs="+", default=LENGTHS)
+    add("--repeats", type=int, default=3)
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=RESULTS / "selection-stairs.json")
+    options = parser.parse_args(argv)
+    results = {
+        "settings": {k: v for k, v in vars(options).items() if k != "output"},
+        "samples": SAMPLES,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "machine": machine(),
+        "git": git_state(),
+        "stairs": [
+            stairs(shape, length, options.repeats, options.seed)
+            for shape in options.shapes
+            for length in options.lengths
+        ],
+        "processes": processes(options.shapes[0], options.repeats, options.seed),
+    }
+    write(options.output, results)
+    print(table(results))
+
+
+def paper(seed: int) -> IRDConfig:
+    """Return the paper's staircase, all seven cells."""
+    return IRDConfig(task_type="SEQ_CLS", density=0.0002, schedule="paper", seed=seed)
+
+
+def stairs(shape: str, length: str, repeats: int, seed: int) -> Record:
+    """Time the whole selection and one Fisher pass over its samples, in turn."""
+    model = build(shape, seed)
+    samples = draw(model, length, SAMPLES, seed)
+    pool = candidates(model, "all")
+
+    def whole() -> None:
+        select_parameters(model, paper(seed), Calibration(samples))
+
+    def one_pass() -> None:
+        with borrowed(model):
+            estimator = FisherEstimator(model, pool, Calibration(samples))
+            for _ in estimator.fisher(range(SAMPLES)):
+                pass
+
+    seconds = alternate({"whole": whole, "pass": one_pass}, repeats)
+    ratios = [a / b for a, b in zip(seconds["whole"], seconds["pass"], strict=True)]
+    print(f"{shape}, {length}: {median(ratios):.2f} passes", flush=True)
+    return {
+        "shape": shape,
+        "length": length,
+        "seconds": seconds,
+        "ratio": median(ratios),
+    }
+
+
+def alternate(
+    contestants: dict[str, Callable[[], None]], repeats: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each contestant, after one run that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repetition in range(repeats + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def processes(shape: str, repeats: int, seed: int) -> list[Record]:
+    """Let 1, 2 and 4 processes of one thread select the same; compare what they do."""
+    found = []
+    for size in WORLD:
+        by_rank = in_processes(size, shape, repeats, seed)
+        found.append(
+            {
+                "processes": size,
+                "seconds": max(each["seconds"] for each in by_rank),
+                "digests": sorted({each["digest"] for each in by_rank}),
+            }
+        )
+        print(f"{size} processes: {found[-1]['seconds']:.1f} s", flush=True)
+    return found
+
+
+def in_processes(size: int, shape: str, repeats: int, seed: int) -> list[Record]:
+    """Run `work` in several new processes and return what each of them found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    started = [
+        context.Process(
+            target=work, args=(rank, size, port, shape, repeats, seed, queue)
+        )
+        for rank in range(size)
+    ]
+    for process in started:
+        process.start()
+    found = [queue.get() for _ in started]
+    for process in started:
+        process.join()
+    return found
+
+
+def work(
+    rank: int, size: int, port: int, shape: str, repeats: int, seed: int, queue: Any
+) -> None:
+    """Select by the paper's staircase with one thread and report the median time."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    model = build(shape, seed)
+    samples = draw(model, "mixed", SAMPLES, seed)
+    seconds = []
+    for _ in range(repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        selection = select_parameters(model, paper(seed), Calibration(samples))
+        seconds.append(time.perf_counter() - start)
+    queue.put({"seconds": median(seconds), "digest": digest(selection)})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def digest(selection: Selection) -> str:
+    """Return a fingerprint of the indices and samples."""
+    content = hashlib.sha256(repr(selection.samples).encode())
+    for module, parameters in selection.indices.items():
+        for name, indices in parameters.items():
+            content.update(f"{module}.{name}".encode())
+            content.update(indices.numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
+def table(results: Record) -> str:
+    """Lay the ratios out in markdown."""
+    shapes = list(dict.fromkeys(cell["shape"] for cell in results["stairs"]))
+    head = [f"| | {' | '.join(shapes)} | bar |", f"|---|{'---:|' * (len(shapes) + 1)}"]
+    return "\n".join([*head, *rows(results, shapes)])
+
+
+def rows(results: Record, shapes: Sequence[str]) -> list[str]:
+    """Return the rows of the table.
+
+    Args:
+        results: What the result file holds.
+        shapes: The columns.
+    """
+    found = []
+    for length in dict.fromkeys(cell["length"] for cell in results["stairs"]):
+        ratios = {
+            cell["shape"]: f"{cell['ratio']:.2f}"
+            for cell in results["stairs"]
+            if cell["length"] == length
+        }
+        tokens = "32 to 128" if length == "mixed" else length
+        cells = " | ".join(ratios.get(shape, "") for shape in shapes)
+        title = f"whole staircase, in Fisher passes, {tokens} tokens"
+        found.append(f"| {title} | {cells} | ≤ {BAR} |")
+    first, *others = results["processes"]
+    for each in others:
+        same = each["digests"] == first["digests"]
+        ratio = f"{first['seconds'] / each['seconds']:.2f}"
+        cells = " | ".join(ratio if n == 0 else "" for n in range(len(shapes)))
+        indices = "identical indices" if same else "OTHER INDICES"
+        title = f"times faster with {each['processes']} processes, {indices}"
+        found.append(f"| {title} | {cells} | |")
+    return found
+
+
+if __name__ == "__main__":
+    main()
