@@ -7,7 +7,10 @@ import torch
 from peft import get_peft_model
 from torch.testing import assert_close
 
-from peft_ird import IRDConfig, select_parameters
+from peft_ird import Calibration, IRDConfig, select_parameters
+from peft_ird.selection.fisher import FisherEstimator
+from peft_ird.selection.gradients.lending import borrowed
+from peft_ird.targets import find_candidates
 from tests.conftest import make_batch, make_model, make_samples, task_type
 from tests.oracles import TOL
 
@@ -52,3 +55,27 @@ def test_a_model_trains_and_merges_as_on_the_cpu(name, dtype):
     moved.merge_adapter()
     moved.unmerge_adapter()
     assert all(torch.equal(p, before[n]) for n, p in moved.named_parameters())
+
+
+def fisher(model, name: str) -> torch.Tensor:
+    pool = find_candidates(model, config(name))
+    with borrowed(model):
+        estimator = FisherEstimator(model, pool, Calibration(make_samples(name)))
+        parts = [part.double().cpu() for _, part in estimator.fisher(range(12))]
+    return torch.cat(parts)
+
+
+def test_the_fisher_information_is_that_of_the_cpu(name):
+    model = make_model(name).double()
+    here, there = fisher(model, name), fisher(copy.deepcopy(model).cuda(), name)
+    assert_close(there, here, **TOL[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_has_float32_squares(name, dtype):
+    model = make_model(name).to(dtype)
+    exact = fisher(copy.deepcopy(model).double(), name)
+    found = fisher(model.cuda(), name)
+    large = exact > 0.01 * exact.max()
+    assert ((found[large] / exact[large]).log().abs() < 0.3).all()
+    assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.99

@@ -85,7 +85,7 @@ class FisherEstimator:
             }
         )
         if any(p.dtype == torch.float16 for p in pool.parameters):
-            self._engine.together.scale = _HALF_SCALE
+            self._engine.singles.scale = _HALF_SCALE
 
     @contextmanager
     def head_warmed_up(
@@ -187,9 +187,9 @@ class FisherEstimator:
             self._ranks.sum_(tensors)
             if all(math.isfinite(t.sum()) for t in tensors):
                 return statistic
-            if self._engine.together.scale == 1.0:
+            self._engine.forget(())
+            if not self._engine.singles.lower_scale():
                 self._engine.name_what_is_not_finite(samples, parts)
-            self._engine.together.scale = max(1.0, self._engine.together.scale / 32)
 
     def fisher_at(
         self, samples: Sequence[int], entries: Sequence[Tensor]

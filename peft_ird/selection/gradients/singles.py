@@ -43,6 +43,9 @@ class Singles:
         self.calibration = calibration
         self.fisher_type = fisher_type
         self.seed = seed
+        self.scale = (
+            1.0  # of the loss, so that low-precision gradients do not underflow
+        )
         self._samples: dict[int, Sample] = {}
 
     def sample(self, position: int) -> Sample:
@@ -95,8 +98,9 @@ class Singles:
         parameters = [self.pool.parameters[i] for i in parts]
         with requiring_grad(parameters):
             loss = self._loss(position)
+            scaled = loss if self.scale == 1.0 else loss.float() * self.scale
             found: Sequence[Tensor | None] = torch.autograd.grad(
-                loss, parameters, allow_unused=True
+                scaled, parameters, allow_unused=True
             )
         gradients = {}
         for i, gradient in zip(parts, found, strict=True):
@@ -104,13 +108,23 @@ class Singles:
                 continue
             dense = gradient.to_dense() if gradient.is_sparse else gradient
             gradients[i] = dense.reshape(-1).to(self.pool.dtype)
+            if self.scale != 1.0:
+                gradients[i] = gradients[i] / self.scale
             if not _is_finite(gradients[i]):
+                if self.lower_scale():
+                    return self.gradients(position, parts)
                 raise ValueError(
                     f"The gradient of '{self.pool.name(i)}' is not finite on "
                     f"calibration sample {position}. Remove that sample, or load "
                     "the model in float32."
                 )
         return loss.item(), gradients
+
+    def lower_scale(self) -> bool:
+        """Lower the scale after an overflow; return whether it was above one."""
+        was_above = self.scale > 1.0
+        self.scale = max(1.0, self.scale / 32)
+        return was_above
 
     def _loss(self, position: int) -> Tensor:
         inputs = self._moved(self._inputs(position))

@@ -24,7 +24,6 @@ class Together:
     def __init__(self, singles: Singles) -> None:
         self.singles = singles
         self.is_mean = False  # whether a loss that was left alone is a mean
-        self.scale = 1.0  # on the loss, against underflow
 
     def run(
         self, batch: Sequence[Sample], parts: Sequence[int], observe: Observer
@@ -45,7 +44,7 @@ class Together:
         pool = self.singles.pool
         parameters = {part: pool.parameters[part] for part in parts}
         with Capture(
-            parameters, len(batch), pool.device, observe, self.scale
+            parameters, len(batch), pool.device, observe, self.singles.scale
         ) as capture:
             loss, losses = self._summed(batch, capture)
             if not bool(loss.isfinite()):
