@@ -254,7 +254,8 @@ class FisherEstimator:
         Returns:
             Shape ``[len(samples)]``, float64.
         """
-        loaded = [self._engine.singles.sample(position) for position in samples]
+        singles = self._engine.singles
+        loaded = [singles.sample(position, is_cut=True) for position in samples]
         return torch.tensor([s.length or 1 for s in loaded], dtype=torch.float64)
 
     def _where(self, entries: Sequence[Tensor]) -> dict[int, Where]:

@@ -180,7 +180,7 @@ class Engine:
         found = []
         remaining = iter(samples)
         while window := list(islice(remaining, _WINDOW)):
-            loaded = [self.singles.sample(position) for position in window]
+            loaded = [self.singles.sample(s, outcome.padded) for s in window]
             found += plan(loaded, tokens, self._limits.batch_size, outcome.padded)
         return found
 

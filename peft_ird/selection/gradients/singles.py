@@ -46,22 +46,25 @@ class Singles:
         self.scale = (
             1.0  # of the loss, so that low-precision gradients do not underflow
         )
-        self._samples: dict[int, Sample] = {}
+        self._samples: dict[tuple[int, bool], Sample] = {}
 
-    def sample(self, position: int) -> Sample:
-        """Return a sample for a batch: cut to its length, its labels checked or drawn.
+    def sample(self, position: int, is_cut: bool) -> Sample:
+        """Return a sample for a batch, its labels checked or drawn.
 
         Args:
             position: Position in the calibration data.
+            is_cut: Whether padding that came with it is cut off.
 
         Raises:
             ValueError: If its labels are missing or out of range.
         """
-        if position in self._samples:
-            return self._samples[position]
-        sample = Sample(position, cut(self._inputs(position)))
+        key = (position, is_cut)
+        if key in self._samples:
+            return self._samples[key]
+        inputs = self._inputs(position)
+        sample = Sample(position, cut(inputs) if is_cut else inputs)
         if len(self._samples) < _REMEMBERED:
-            self._samples[position] = sample
+            self._samples[key] = sample
         return sample
 
     def _inputs(self, position: int) -> object:

@@ -82,7 +82,10 @@ class Together:
         if not capture.losses:
             return loss, None
         losses = torch.stack(capture.losses).sum(0)
-        return loss, losses * (loss.detach() / losses.sum())  # a mean of two heads
+        total = losses.sum()
+        if total != 0:  # the loss may be the mean of two heads'
+            losses = losses * (loss.detach() / total)
+        return loss, losses
 
 
 def size_of(batch: Sequence[Sample]) -> int:

@@ -31,7 +31,8 @@ class Outcome:
     """What a trial found.
 
     Args:
-        padded: Whether samples of different lengths may share a batch.
+        padded: Whether padding is harmless: samples of different lengths may share a
+            batch, and padding that came with them may be cut off.
         is_mean: Whether a custom loss is the mean over the batch.
         alone: Parameters whose gradients in a batch are not those alone.
         token_bytes: Bytes of the gradients of one token.
@@ -94,7 +95,7 @@ class Trial:
     def _pair(self, samples: Sequence[int], padded: bool) -> list[Sample]:
         """Return two samples that may share a batch, of different lengths if padded."""
         load = self._together.singles.sample
-        loaded = [load(position) for position in samples[:_LOOKED_AT]]
+        loaded = [load(position, padded) for position in samples[:_LOOKED_AT]]
         loaded.sort(key=lambda s: (s.length or 0, s.position))
         if self._batch_size != 1:
             for first, second in pairwise(loaded):
