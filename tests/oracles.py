@@ -112,3 +112,22 @@ def range_decreasing(
         else:
             entries = best(information, wanted_entries)
     return samples, entries
+
+
+def outer_sums(left: Tensor, right: Tensor) -> Tensor:
+    """Sum ``left[n, t] x right[n, t]`` over the tokens of each sample, one by one."""
+    samples, tokens, rows = left.shape
+    total = torch.zeros(samples, rows, right.shape[-1], dtype=torch.float64)
+    for n in range(samples):
+        for t in range(tokens):
+            total[n] += torch.outer(left[n, t].double(), right[n, t].double())
+    return total
+
+
+def row_sums(ids: Tensor, grads: Tensor, rows: int) -> Tensor:
+    """Add each token's gradient to the row that it looked up, one by one."""
+    total = torch.zeros(len(ids), rows, grads.shape[-1], dtype=torch.float64)
+    for n, sample in enumerate(ids.tolist()):
+        for t, row in enumerate(sample):
+            total[n, row] += grads[n, t].double()
+    return total

@@ -29,9 +29,10 @@ class Calibration:
         collate_fn: Makes a batch of a list of samples, as for a ``DataLoader``. By
             default fields are turned into tensors with a leading dimension of one, and
             ``label`` becomes ``labels``.
-        loss: ``loss(model, batch)`` returns the loss of a batch: the mean or sum of
-            its samples' losses, or one loss per sample, ``[n]``. A loss that mixes
-            samples in another way is found out and taken one sample at a time.
+        loss: ``loss(model, batch)`` returns the loss of a batch: one for each sample,
+            ``[n]``, their sum, or the mean that a loss of ``torch.nn.functional``
+            takes. Another mean, made by hand, is found out and taken one sample at a
+            time, which is slower.
             Default: the ``loss`` of the model's own output.
         batch_size: Samples in a batch while gradients are computed. Default: as many
             as fit the memory, by length. The gradients do not depend on it.

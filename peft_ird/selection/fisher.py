@@ -182,7 +182,8 @@ class FisherEstimator:
         """Sum a statistic over samples and processes; low precision is scaled down."""
         while True:
             statistic = make()
-            self._engine.run(samples, parts, statistic, title)
+            if not self._engine.run(samples, parts, statistic, title):
+                continue
             tensors = statistic.tensors()
             self._ranks.sum_(tensors)
             if all(math.isfinite(t.sum()) for t in tensors):
@@ -268,6 +269,11 @@ class FisherEstimator:
     def _check_used(self, parts: Sequence[int], seen: set[int]) -> None:
         everywhere = set().union(*self._ranks.gather(seen))
         unused = [self.pool.name(part) for part in parts if part not in everywhere]
+        if len(unused) == len(self.pool.sizes):
+            raise ValueError(
+                "The loss does not depend on any of the targeted parameters. Check "
+                "`target_modules` and the loss."
+            )
         if unused:
             raise ValueError(
                 "These parameters get no gradient from any sample: "

@@ -66,7 +66,7 @@ def _train(
     for positions in _draws(available, steps, seed):
         total = torch.zeros((), device=head[0].device)
         for batch in engine.batches(positions):
-            total = total + engine.together.loss(batch)
+            total = total + engine.loss(batch)
         gradients = torch.autograd.grad(total / len(positions), head)
         for parameter, gradient in zip(head, gradients, strict=True):
             parameter.grad = gradient

@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
-__all__ = ["Sample", "cut", "plan", "stack"]
+__all__ = ["Sample", "cut", "plan", "stack", "widths"]
 
 # What a field is padded with on the right; other fields must be of equal shape.
 _PADDING = {
@@ -68,8 +73,9 @@ def _form(value: Any, ragged: bool = False) -> Any:
         return repr(value)
     if value.ndim == 0 or value.shape[0] != 1:
         return id(value)
-    shape = tuple(value.shape)
-    return (value.dtype, (1, *shape[2:])) if ragged else (value.dtype, shape)
+    shape: tuple[int | None, ...] = tuple(value.shape)
+    shape = (1, None, *shape[2:]) if ragged else shape
+    return value.dtype, shape
 
 
 def cut(inputs: Any) -> Any:
@@ -152,6 +158,17 @@ def stack(batch: Sequence[Sample], pad_token: int, device: torch.device) -> Any:
         columns = zip(*(tree_flatten(s.inputs)[0] for s in batch), strict=True)
         joined = tree_unflatten([_join("", list(c), pad_token) for c in columns], spec)
     return tree_map_only(Tensor, lambda t: t.to(device), joined)
+
+
+def widths(inputs: Any) -> set[int]:
+    """Return how many rows a sample of a batch has where the batch is flattened.
+
+    Args:
+        inputs: A batch; predictions of the next token may be one row shorter.
+    """
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    found = {leaf.shape[1] for leaf in leaves if leaf.ndim > 1}
+    return found | {width - 1 for width in found}
 
 
 def _join(name: str, values: list[Any], pad_token: int) -> Any:

@@ -8,7 +8,7 @@ gradient is formed. Uses by other functions give nothing; the caller finds these
 parameters by comparison with one sample at a time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Capture(TorchFunctionMode):
     Args:
         parameters: The parameters by number; none of them requires a gradient.
         size: Number of samples in the batch.
+        widths: Rows that a sample may have where a batch is flattened.
         device: The model's device.
         observe: Called with a parameter's number and its gradients as soon as the
             backward pass is through with the parameter.
@@ -41,17 +42,28 @@ class Capture(TorchFunctionMode):
         self,
         parameters: Mapping[int, nn.Parameter],
         size: int,
+        widths: Collection[int],
         device: torch.device,
         observe: Observer,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self._recorder = Recorder(parameters, size, device, observe, scale)
+        self._recorder = Recorder(parameters, size, widths, device, observe, scale)
 
     @property
     def losses(self) -> list[Tensor]:
         """The samples' losses, ``[n]``, one tensor for each mean that was replaced."""
         return self._recorder.losses
+
+    @property
+    def refused(self) -> set[int]:
+        """Parameters that were used in a way that hands nothing out."""
+        return self._recorder.refused
+
+    @property
+    def mixes_losses(self) -> bool:
+        """Whether a mean over the batch was taken that has no rows of each sample."""
+        return self._recorder.mixes_losses
 
     def __torch_function__(
         self,
@@ -66,7 +78,10 @@ class Capture(TorchFunctionMode):
             result = handler(self._recorder, func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self._recorder.refuse((*args, *kwargs.values()))
+        return result
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of the sum of the samples' losses.

@@ -91,7 +91,7 @@ class Engine:
         parts: Sequence[int],
         statistic: Statistic,
         title: str,
-    ) -> None:
+    ) -> bool:
         """Go through samples; this process takes its share of them.
 
         Args:
@@ -100,10 +100,15 @@ class Engine:
             statistic: What the gradients are handed to.
             title: Title of the progress bar.
 
+        Returns:
+            Whether all went well; if not, a parameter was used in another way than in
+            the trial. It goes alone from now on: start again with a new statistic.
+
         Raises:
             ValueError: If a sample's loss is not finite or its labels are wrong.
         """
         outcome = self.prepare(samples)
+        misfits: frozenset[int] = frozenset()
         together = [part for part in parts if part not in outcome.alone]
         alone = [part for part in parts if part in outcome.alone]
         self._replay(samples, together, statistic)
@@ -115,11 +120,23 @@ class Engine:
             tqdm(total=total, desc=title, leave=False, disable=hidden) as bar,
         ):
             for batch in self._share(self.batches(rest)) if together else ():
-                self._run_batch(batch, together, statistic)
+                misfits |= self._run_batch(batch, together, statistic)
                 bar.update(len(batch) * self.ranks.size)
             for position in self._share(samples) if alone else ():
                 self._run_alone(position, alone, statistic)
                 bar.update(self.ranks.size)
+        return self._fits(misfits)
+
+    def _fits(self, misfits: frozenset[int]) -> bool:
+        """Let what does not fit go alone on all processes; return whether all fits."""
+        outcome = self._outcome
+        assert outcome is not None
+        alone = outcome.alone.union(*self.ranks.gather(misfits))
+        self._outcome = replace(outcome, alone=alone)
+        if alone == outcome.alone:
+            return True
+        self._kept, self._kept_positions = [], frozenset()
+        return False
 
     def remember(self, samples: Sequence[int]) -> None:
         """Keep the gradients of as many samples as fit, for passes to come.
@@ -128,6 +145,7 @@ class Engine:
             samples: Positions in the calibration data.
         """
         outcome = self.prepare(samples)
+        misfits: frozenset[int] = frozenset()
         parts = range(len(self._pool.sizes))
         together = [part for part in parts if part not in outcome.alone]
         fitting = list(self._fitting(samples, outcome)) if together else []
@@ -139,11 +157,13 @@ class Engine:
         ):
             for batch in self._share(fitting):
                 keeper = _Keeper()
-                self._run_batch(batch, together, keeper)
+                misfits |= self._run_batch(batch, together, keeper)
                 positions = tuple(sample.position for sample in batch)
                 self._kept.append(_Kept(positions, keeper.gradients))
                 bar.update(len(batch) * self.ranks.size)
         self._kept_positions = frozenset(s.position for b in fitting for s in b)
+        if not self._fits(misfits):
+            self.remember(samples)
 
     def forget(self, samples: Sequence[int]) -> None:
         """Drop what is kept of batches without any of the samples.
@@ -243,9 +263,18 @@ class Engine:
                 if part in kept.gradients:
                     statistic.update(part, kept.gradients[part], rows, positions)
 
+    def loss(self, batch: Sequence[Sample]) -> Tensor:
+        """Return the sum of the losses that the samples of a batch have alone.
+
+        Args:
+            batch: One of `batches`.
+        """
+        return self.together.run(batch, (), lambda *_: None).loss
+
     def _run_batch(
         self, batch: Sequence[Sample], parts: Sequence[int], statistic: Statistic
-    ) -> None:
+    ) -> frozenset[int]:
+        """Hand a batch's gradients out; return the parameters that did not fit."""
         positions = [sample.position for sample in batch]
         rows = range(len(batch))
 
@@ -253,12 +282,13 @@ class Engine:
             statistic.update(part, gradients, rows, positions)
 
         try:
-            losses = self.together.run(batch, parts, observe)
+            passed = self.together.run(batch, parts, observe)
         except FloatingPointError:
             self.name_what_is_not_finite(positions, parts)
-        else:
-            if losses is not None:
-                self.losses.update(zip(positions, losses.tolist(), strict=True))
+            raise
+        if passed.losses is not None and self.prepare(positions).has_losses:
+            self.losses.update(zip(positions, passed.losses.tolist(), strict=True))
+        return passed.misfits
 
     def _run_alone(
         self, position: int, parts: Sequence[int], statistic: Statistic

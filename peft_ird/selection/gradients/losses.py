@@ -24,6 +24,7 @@ def _mean_loss(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if recorder.size == 1 or not is_mean or given["reduce"] is not None:
         return NotImplemented
     if not (recorder.splits(source) and recorder.splits(target)):
+        recorder.mixes_losses = True
         return NotImplemented
     losses = _row_means(recorder, func, given)
     if losses is None:
@@ -55,6 +56,7 @@ LOSSES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = dict.fromkeys(
         F.l1_loss,
         F.mse_loss,
         F.nll_loss,
+        F.smooth_l1_loss,
     ],
     _mean_loss,
 )

@@ -127,7 +127,7 @@ class Outer:
         sampled = _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
         if area > sampled and not _is_wide(self.left.device):
             return torch.stack([self._sampled(n, where) for n in rows])
-        size = max(1, _BLOCK_BYTES // (area * torch.float32.itemsize))
+        size = max(1, _BLOCK_BYTES // max(1, area * torch.float32.itemsize))
         return torch.cat(
             [
                 self._block(rows[first : first + size], where)

@@ -1,7 +1,7 @@
 """What the substitutes of a parameter's uses leave behind, gathered by parameter."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ class Recorder:
     Args:
         parameters: The parameters by number; none of them requires a gradient.
         size: Number of samples in the batch.
+        widths: Rows that a sample has where a batch is flattened; one is always
+            allowed.
         device: The model's device.
         observe: Called with a parameter's number and its gradients as soon as the
             backward pass is through with the parameter.
@@ -34,11 +36,15 @@ class Recorder:
         self,
         parameters: Mapping[int, nn.Parameter],
         size: int,
+        widths: Collection[int],
         device: torch.device,
         observe: Observer,
         scale: float = 1.0,
     ) -> None:
         self.size = size
+        self.widths = {1, *widths}
+        self.refused: set[int] = set()  # parameters that were used in another way
+        self.mixes_losses = False  # whether a mean could not be divided by sample
         self.losses: list[Tensor] = []
         self._numbers = {id(p): i for i, p in parameters.items()}
         self._observe = observe
@@ -94,6 +100,18 @@ class Recorder:
         grads = grads / self.scale if self.scale != 1.0 else grads
         return Rows.of_tokens(ids.reshape(self.size, -1), grads)
 
-    def splits(self, tensor: Any) -> bool:
-        """Return whether a tensor's leading dimension is made of samples."""
-        return bool(tensor.ndim > 0 and tensor.shape[0] % self.size == 0)
+    def splits(self, tensor: Tensor) -> bool:
+        """Return whether a tensor's leading dimension is made of samples, in order.
+
+        Rows that were picked out of a batch, as for an expert, are not.
+        """
+        if self.size == 1:
+            return tensor.ndim > 0
+        each, rest = divmod(tensor.shape[0] if tensor.ndim else 0, self.size)
+        is_flat = tensor.ndim < 3
+        return bool(each) and not rest and (not is_flat or each in self.widths)
+
+    def refuse(self, args: Iterable[Any]) -> None:
+        """Note the parameters among the arguments of a call that was left alone."""
+        numbers = map(self.number, args)
+        self.refused.update(number for number in numbers if number is not None)

@@ -101,6 +101,8 @@ class Singles:
         parameters = [self.pool.parameters[i] for i in parts]
         with requiring_grad(parameters):
             loss = self._loss(position)
+            if not loss.requires_grad:
+                return loss.item(), {}
             scaled = loss if self.scale == 1.0 else loss.float() * self.scale
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 scaled, parameters, allow_unused=True
@@ -136,11 +138,6 @@ class Singles:
             raise ValueError(
                 f"The loss of calibration sample {position} must be one finite number, "
                 f"got {loss.tolist()}. Look at that sample and its labels."
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                f"The loss of calibration sample {position} does not depend on any of "
-                "the targeted parameters. Check `target_modules` and the loss."
             )
         return loss.reshape(())
 

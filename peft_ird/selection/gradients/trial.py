@@ -1,13 +1,15 @@
 """Two samples through the model, together and alone: what is exact in batches."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from peft_ird.selection.gradients.batching import Sample
 from peft_ird.selection.gradients.dense import Dense
@@ -33,15 +35,16 @@ class Outcome:
     Args:
         padded: Whether padding is harmless: samples of different lengths may share a
             batch, and padding that came with them may be cut off.
-        is_mean: Whether a custom loss is the mean over the batch.
-        alone: Parameters whose gradients in a batch are not those alone.
+        has_losses: Whether the losses of samples are known from a batch.
+        alone: Parameters whose gradients in a batch are not those alone, or that the
+            samples tried do not use.
         token_bytes: Bytes of the gradients of one token.
         sample_bytes: Bytes of the gradients of a sample that do not grow with tokens.
         activation_bytes: Bytes of what one token leaves for the backward pass.
     """
 
     padded: bool
-    is_mean: bool
+    has_losses: bool
     alone: frozenset[int]
     token_bytes: float = 0.0
     sample_bytes: float = 0.0
@@ -52,7 +55,7 @@ class Trial:
     """Compares batches with single samples.
 
     Args:
-        together: What takes batches through the model; its ``is_mean`` is set.
+        together: What takes batches through the model.
         groups: Numbers of all parameters; gradients of a group are formed at once.
         batch_size: Samples in a batch, if it is given.
     """
@@ -89,7 +92,6 @@ class Trial:
             if len(best.alone) <= len(self._parts) // 4:
                 break
         assert best is not None
-        self._together.is_mean = best.is_mean
         return best
 
     def _pair(self, samples: Sequence[int], padded: bool) -> list[Sample]:
@@ -97,25 +99,30 @@ class Trial:
         load = self._together.singles.sample
         loaded = [load(position, padded) for position in samples[:_LOOKED_AT]]
         loaded.sort(key=lambda s: (s.length or 0, s.position))
-        if self._batch_size != 1:
-            for first, second in pairwise(loaded):
-                is_ragged = first.length != second.length
-                if first.kind(padded) == second.kind(padded) and is_ragged == padded:
-                    return [first, second]
-        return [] if padded else loaded[:1]
+        pairs = [
+            [first, second]
+            for first, second in pairwise(loaded if self._batch_size != 1 else ())
+            if first.kind(padded) == second.kind(padded)
+            and (first.length != second.length) == padded
+        ]
+        if not pairs:
+            return [] if padded else loaded[:1]
+        # With equal labels, samples that are exchanged for each other would not show.
+        telling = (pair for pair in pairs if not _alike(*pair))
+        return next(telling, pairs[0])
 
     def _compare(self, pair: Sequence[Sample], padded: bool) -> Outcome:
-        loss, expected = self._alone(pair)
+        losses, expected = self._alone(pair)
         try:
-            return self._batched(pair, padded, loss, expected)
+            return self._batched(pair, padded, losses, expected)
         except Exception as problem:  # whatever the model cannot do with a batch
             logger.debug("Samples cannot share a batch: %r", problem)
             return Outcome(padded, False, self._parts)
 
-    def _alone(self, pair: Sequence[Sample]) -> tuple[float, Tensor]:
-        """Return the sum of losses, and squared norms. Shape ``[n, parameters]``."""
-        norms = torch.zeros(len(pair), len(self._parts), dtype=torch.float64)
-        losses = torch.zeros(len(pair))
+    def _alone(self, pair: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Return losses ``[n]`` and squared norms ``[n, parameters]``, NaN for none."""
+        norms = torch.full((len(pair), len(self._parts)), torch.nan).double()
+        losses = torch.zeros(len(pair), dtype=torch.float64)
         for n, sample in enumerate(pair):
             for group in self._groups:
                 losses[n], gradients = self._together.singles.gradients(
@@ -123,43 +130,59 @@ class Trial:
                 )
                 for part, gradient in gradients.items():
                     norms[n, part] = gradient.double().square().sum()
-        return losses.sum().item(), norms
+        return losses, norms
 
     def _batched(
-        self, pair: Sequence[Sample], padded: bool, loss: float, expected: Tensor
+        self, pair: Sequence[Sample], padded: bool, losses: Tensor, expected: Tensor
     ) -> Outcome:
-        together = self._together
-        together.is_mean = False
-        found = together.loss(pair).item()
-        if not _is_close(found, loss):
-            together.is_mean = True
-            if not _is_close(found * len(pair), loss):
-                raise ValueError("the loss of a batch is no sum of its samples'")
         gradients: dict[int, SampleGradients] = {}
         saved = _SavedBytes()
         with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-            together.run(pair, sorted(self._parts), gradients.__setitem__)
+            passed = self._together.run(
+                pair, sorted(self._parts), gradients.__setitem__
+            )
+        if not _are_close(passed.loss.double().cpu(), losses.sum()):
+            raise ValueError("the loss of a batch is not the sum of its samples'")
         norms = torch.zeros_like(expected)
         for part, each in gradients.items():
             for n in range(len(pair)):
                 norms[n, part] = each.squared_norm(n)
         tokens = size_of(pair)
         by_token, by_sample = _held_bytes(gradients.values())
+        has_losses = passed.losses is not None and _are_close(
+            passed.losses.double().cpu(), losses
+        )
         return Outcome(
             padded,
-            together.is_mean,
-            self._differing(norms, expected),
+            has_losses,
+            self._differing(norms, expected) | passed.misfits,
             by_token / tokens,
             by_sample / len(pair),
             saved.total / tokens,
         )
 
     def _differing(self, norms: Tensor, expected: Tensor) -> frozenset[int]:
+        is_tried = ~expected.isnan().all(0)
+        expected = expected.nan_to_num()
         parameters = self._together.singles.pool.parameters
         share = max(_AGREEMENT.get(p.dtype, _ROUGH_AGREEMENT) for p in parameters)
         noise = _NOISE * expected.amax(1, keepdim=True)
         agrees = (norms - expected).abs() <= share * expected + noise
-        return frozenset((~agrees.all(0)).nonzero().flatten().tolist())
+        is_fine = agrees.all(0) & is_tried
+        return frozenset((~is_fine).nonzero().flatten().tolist())
+
+
+def _alike(first: Sample, second: Sample) -> bool:
+    """Return whether two samples have equal labels, as far as they can be told."""
+    one, other = _labels(first), _labels(second)
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return both and torch.equal(one, other)
+
+
+def _labels(sample: Sample) -> Any:
+    if isinstance(sample.inputs, Mapping):
+        return sample.inputs.get("labels")
+    return tree_leaves(sample.inputs)[-1]
 
 
 def _held_bytes(gradients: Iterable[SampleGradients]) -> tuple[int, int]:
@@ -188,5 +211,5 @@ class _SavedBytes:
         return tensor
 
 
-def _is_close(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-3 * abs(b) + 1e-6
+def _are_close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-6)

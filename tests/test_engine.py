@@ -1,0 +1,1249 @@
+"""Gradients of single samples from batches, against one backward pass per sample."""
+
+import contextlib
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from transformers import BertForSequenceClassification
+
+from peft_ird import Calibration, IRDConfig, Selection, select_parameters
+from peft_ird.selection import fisher
+from peft_ird.selection.fisher import FisherEstimator
+from peft_ird.selection.gradients.lending import borrowed
+from peft_ird.selection.gradients.limits import Limits
+from peft_ird.selection.pool import Pool
+from peft_ird.targets import find_candidates
+from tests import oracles
+from tests.conftest import as_batch, bert_config, make_model, make_samples, task_type
+from tests.oracles import TOL
+
+WIDTH, CLASSES, VOCABULARY = 6, 3, 11
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass
+class Found:
+    """What the package computes, and which parameters it took sample by sample."""
+
+    fisher: Tensor
+    fisher_at: Tensor
+    scores: Tensor
+    scores_at: Tensor
+    mean: Tensor
+    losses: Tensor
+    alone: set[str]
+
+
+def joined(stream: Iterator[tuple[int, Tensor]]) -> Tensor:
+    return torch.cat([values for _, values in stream])
+
+
+def names_of(pool: Pool) -> list[str]:
+    return [pool.name(part) for part in range(len(pool.sizes))]
+
+
+def some_entries(pool: Pool) -> list[Tensor]:
+    """Every third entry of every other parameter."""
+    return [
+        torch.arange(0, size * (part % 2), 3) for part, size in enumerate(pool.sizes)
+    ]
+
+
+def compute(
+    model: nn.Module, calibration: Calibration, pool: Pool, **options: Any
+) -> Found:
+    samples = tuple(range(len(calibration)))
+    entries = some_entries(pool)
+    with borrowed(model):
+        estimator = FisherEstimator(model, pool, calibration, **options)
+        outcome = estimator._engine.prepare(samples)
+        return Found(
+            joined(estimator.fisher(samples)),
+            joined(estimator.fisher_at(samples, entries)),
+            estimator.sample_scores(samples, None),
+            estimator.sample_scores(samples, entries),
+            joined(estimator.mean_gradient(samples)),
+            estimator.losses(samples),
+            {pool.name(part) for part in outcome.alone},
+        )
+
+
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).loss
+
+
+def expected_of(
+    model: nn.Module, batches: Sequence[Any], pool: Pool, loss: Loss = own_loss
+) -> Found:
+    gradients = oracles.sample_gradients(model, batches, names_of(pool), loss)
+    squares = gradients.square()
+    flags = [torch.zeros(size, dtype=torch.bool) for size in pool.sizes]
+    for flag, entries in zip(flags, some_entries(pool), strict=True):
+        flag[entries] = True
+    at = torch.cat(flags)
+    whole = copy.deepcopy(model).double().eval()
+    losses = [loss(whole, batch).detach().double().reshape(()) for batch in batches]
+    return Found(
+        squares.mean(0),
+        squares[:, at].mean(0),
+        squares.sum(1),
+        squares[:, at].sum(1),
+        gradients.mean(0),
+        torch.stack(losses),
+        set(),
+    )
+
+
+def check(found: Found, expected: Found, alone: set[str] | None = None) -> None:
+    for field in dataclasses.fields(Found)[:-1]:
+        assert_close(
+            getattr(found, field.name),
+            getattr(expected, field.name),
+            **TOL[torch.float64],
+            msg=lambda text, name=field.name: f"{name}: {text}",
+        )
+    if alone is not None:
+        assert found.alone == alone
+
+
+def check_model(
+    model: nn.Module,
+    samples: Sequence[dict[str, Any]],
+    loss: Loss | None = None,
+    alone: set[str] | None = None,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> None:
+    """Compare everything with the oracle.
+
+    Args:
+        model: A float64 model.
+        samples: Batches of one, with ``input_ids``.
+        loss: A loss of one's own.
+        alone: Parameters that must be taken one sample at a time; None for any.
+        batch_size: Samples in a batch.
+        settings: Options of the configuration.
+    """
+    pool = find_candidates(model, IRDConfig(density=0.1, **settings))
+    calibration = Calibration(samples, loss=loss, batch_size=batch_size)
+    expected = expected_of(model, samples, pool, loss or own_loss)
+    check(compute(model, calibration, pool), expected, alone)
+
+
+def hf_samples(name: str, count: int = 12) -> list[dict[str, Tensor]]:
+    batches = [as_batch(sample) for sample in make_samples(name, count)]
+    if name == "bert-regression":
+        batches = [{**b, "labels": b["labels"].double()} for b in batches]
+    return batches
+
+
+def settings_of(name: str) -> dict[str, str]:
+    return {"task_type": task_type(name)}
+
+
+def flat(selection: Selection) -> list[tuple[str, str, list[int]]]:
+    return [
+        (module, name, indices.tolist())
+        for module, tree in selection.indices.items()
+        for name, indices in tree.items()
+    ]
+
+
+class TestTransformers:
+    def test_every_parameter_is_exact_in_batches(self, any_name):
+        model = make_model(any_name).double()
+        # These biases belong to no sample: all samples of a batch share one.
+        shared = {n for n, _ in model.named_parameters() if "relative_attention" in n}
+        assert len(shared) == (2 if any_name == "t5" else 0)
+        check_model(model, hf_samples(any_name), alone=shared, **settings_of(any_name))
+
+    def test_any_choice_of_parameters_is_exact(self, name):
+        model = make_model(name).double()
+        whole = find_candidates(model, IRDConfig(density=0.1, **settings_of(name)))
+        batches = hf_samples(name, 6)
+        for start in range(3):
+            chosen = range(start, len(whole.sizes), 3)
+            pool = Pool((*whole.names[i], whole.parameters[i]) for i in chosen)
+            found = compute(model, Calibration(batches), pool)
+            check(found, expected_of(model, batches, pool), alone=set())
+
+    @pytest.mark.parametrize("fisher_type", ["empirical", "sampled"])
+    def test_the_batch_size_does_not_matter(self, name, fisher_type):
+        model = make_model(name).double()
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(name)))
+        one, *others = (
+            compute(
+                model,
+                Calibration(make_samples(name, 13), batch_size=size),
+                pool,
+                fisher_type=fisher_type,
+            )
+            for size in (1, 3, 8, None)
+        )
+        for other in others:
+            check(other, one, alone=set())
+
+    @pytest.mark.parametrize("method", ["ird", "reverse_ird", "gradient"])
+    def test_the_batch_size_does_not_change_the_selection(self, name, method):
+        model = make_model(name).double()
+        settings = {"num_samples": 12, "density": 0.02, "method": method}
+        config = IRDConfig(**settings, **settings_of(name))
+        one, *others = (
+            select_parameters(
+                model, config, Calibration(make_samples(name), batch_size=size)
+            )
+            for size in (1, 3, 8, None)
+        )
+        for other in others:
+            assert flat(other) == flat(one)
+            assert other.samples == one.samples
+
+    @pytest.mark.parametrize("with_mask", [True, False])
+    def test_padding_by_the_user_changes_nothing(self, name, with_mask):
+        model = make_model(name).double()
+        ragged = hf_samples(name)
+        padded = [padded_to(12, sample) for sample in ragged]
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(name)))
+        expected = expected_of(model, ragged, pool)
+        check(compute(model, Calibration(padded), pool), expected, alone=set())
+        mixed = [*ragged[:6], *padded[6:]]
+        if not with_mask:
+            mixed[:6] = [without_mask(sample) for sample in ragged[:6]]
+        check(compute(model, Calibration(mixed), pool), expected, alone=set())
+
+    def test_samples_without_a_mask_are_exact(self, name):
+        samples = [without_mask(sample) for sample in hf_samples(name)]
+        model = make_model(name).double()
+        check_model(model, samples, alone=set(), **settings_of(name))
+
+    @pytest.mark.parametrize("lengths", [(4, 4, 6, 10, 10), (4, 5, 6, 10, 10)])
+    def test_a_softmax_over_padding_is_exact(self, lengths):
+        generator = torch.Generator().manual_seed(0)
+        samples = []
+        for length in lengths:
+            ids = torch.randint(3, 40, (1, length), generator=generator)
+            sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            for name in ("start_positions", "end_positions"):
+                sample[name] = torch.randint(length, (1,), generator=generator)
+            samples.append(padded_to(10, sample))
+        model = make_model("bert-questions").double()
+        check_model(model, samples, **settings_of("bert-questions"))
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_the_kind_of_attention_does_not_matter(self, name, attention):
+        model = make_model(name).double()
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(name)))
+        batches = hf_samples(name)
+        model.set_attn_implementation(attention)
+        assert model.config._attn_implementation == attention
+        found = compute(model, Calibration(batches), pool)
+        check(found, expected_of(model, batches, pool), alone=set())
+        other = {"eager": "sdpa", "sdpa": "eager"}[attention]
+        model.set_attn_implementation(other)
+        expected = expected_of(model, batches, pool).fisher
+        assert_close(found.fisher, expected, **TOL[torch.float32])  # LLaMA's softmax
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_dropout_and_checkpoints_of_training_are_off(self, reentrant):
+        dropout = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+        model = BertForSequenceClassification(bert_config(**dropout)).double()
+        settings = settings_of("bert")
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings))
+        batches = hf_samples("bert")
+        expected = expected_of(model, batches, pool)
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable  # transformers < 5.23
+        enable({"use_reentrant": reentrant})
+        model.train()
+        check(compute(model, Calibration(batches), pool), expected, alone=set())
+        assert all(module.training for module in model.modules())
+
+    @pytest.mark.parametrize("batch_size", [1, None])
+    def test_nothing_flows_back_below_the_lowest_targeted_layer(self, name, batch_size):
+        model = make_model(name).double()
+        prefixes = {"bert": "bert.encoder.layer", "gpt2": "transformer.h"}
+        layers = prefixes.get(name, "model.layers")
+        needs_grad = {0: [], 1: []}
+        handles = []
+        for layer, seen in needs_grad.items():
+            hook = note_grad(seen)
+            module = model.get_submodule(f"{layers}.{layer}")
+            handles.append(module.register_forward_hook(hook))
+        config = IRDConfig(
+            density=0.1, num_samples=12, layers_to_transform=[1], **settings_of(name)
+        )
+        calibration = Calibration(make_samples(name), batch_size=batch_size)
+        selection = select_parameters(model, config, calibration)
+        for handle in handles:
+            handle.remove()
+        assert all(".1." in f"{module}." for module in selection.indices)
+        assert any(needs_grad[1])
+        assert len(needs_grad[0]) == len(needs_grad[1])
+        assert not any(needs_grad[0])
+
+
+def note_grad(seen: list[bool]) -> Callable[..., None]:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.append(hidden.requires_grad)
+
+    return hook
+
+
+def padded_to(width: int, sample: dict[str, Tensor]) -> dict[str, Tensor]:
+    fill = {"input_ids": 5, "attention_mask": 0, "labels": -100}
+    return {
+        name: F.pad(value, (0, width - value.shape[1]), value=fill[name])
+        if value.ndim > 1
+        else value
+        for name, value in sample.items()
+    }
+
+
+def without_mask(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: v for name, v in sample.items() if name != "attention_mask"}
+
+
+class LlamaNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt())
+
+
+class Table(nn.Module):
+    """Adds a parameter that is one for each position."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table(torch.arange(x.shape[1])[None])
+
+
+class Scales(nn.Module):
+    """Multiplies by parameters of several shapes, from either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.tensor(1.3))
+        self.flat = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.wide = nn.Parameter(torch.rand(1, 1, WIDTH) + 0.5)
+        self.shift = nn.Parameter(torch.randn(1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.mul(self.one * x * self.flat, self.wide)
+        return torch.add(x, self.shift).mul(self.one)
+
+
+class Twice(nn.Module):
+    """Calls one module twice."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(self.module(x).tanh())
+
+
+class Partners(nn.Module):
+    """Two linear layers with one weight and two biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(WIDTH, WIDTH)
+        self.two = nn.Linear(WIDTH, WIDTH)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).tanh())
+
+
+class Unused(nn.Module):
+    """Uses its weight a second time in a way that sends nothing back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            shift = self.linear(x)
+        return self.linear(x) + shift
+
+
+class Channels(nn.Module):
+    """Gives a module its input with channels first."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.transpose(1, 2)).transpose(1, 2)
+
+
+class First(nn.Module):
+    """Gives a module its input with tokens first and samples second."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.transpose(0, 1)).tanh().transpose(0, 1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(x, x, x, need_weights=False)[0]
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t() + self.bias
+
+
+class HalfKnown(nn.Module):
+    """Uses its weight in a linear layer, and in a way that is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x @ self.linear.weight
+
+
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.center = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.center).tanh()
+
+
+class Scaled(nn.Module):
+    """A linear layer whose weight is computed of two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.scale = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.scale * self.linear.weight, self.linear.bias)
+
+
+class Checkpointed(nn.Module):
+    """Computes a part of itself again in the backward pass, in any mode."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), LlamaNorm())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH)
+
+
+# name -> (module, its parameters that need one sample at a time)
+BODIES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "linear": (linear, set()),
+    "linear without bias": (lambda: nn.Linear(WIDTH, WIDTH, bias=False), set()),
+    "layer norm": (lambda: nn.LayerNorm(WIDTH), set()),
+    "layer norm without bias": (lambda: nn.LayerNorm(WIDTH, bias=False), set()),
+    "rms norm": (lambda: nn.RMSNorm(WIDTH), set()),
+    "llama's norm": (LlamaNorm, set()),
+    "table of positions": (lambda: Table(1, 4, WIDTH), set()),
+    "flat table of positions": (lambda: Table(4, WIDTH), set()),
+    "embedding of positions": (Positions, set()),
+    "scales": (Scales, set()),
+    "linear twice": (lambda: Twice(linear()), set()),
+    "norm twice": (lambda: Twice(nn.LayerNorm(WIDTH)), set()),
+    "llama's norm twice": (lambda: Twice(LlamaNorm()), set()),
+    "shared weight": (Partners, set()),
+    "use without gradient": (Unused, set()),
+    "convolution": (
+        lambda: Channels(nn.Conv1d(WIDTH, WIDTH, 3, padding=1)),
+        {"module.weight", "module.bias"},
+    ),
+    "group norm": (
+        lambda: Channels(nn.GroupNorm(2, WIDTH)),
+        {"module.weight", "module.bias"},
+    ),
+    "norm of two dimensions": (
+        lambda: nn.LayerNorm((4, WIDTH)),
+        {"weight", "bias"},
+    ),
+    "lstm": (
+        Recurrent,
+        {f"lstm.{kind}_{of}_l0" for kind in ("weight", "bias") for of in ("ih", "hh")},
+    ),
+    "attention": (
+        Attention,
+        {
+            f"heads.{name}"
+            for name in (
+                "in_proj_weight",
+                "in_proj_bias",
+                "out_proj.weight",
+                "out_proj.bias",
+            )
+        },
+    ),
+    "product by hand": (ByHand, {"weight"}),
+    "weight half known": (HalfKnown, {"linear.weight"}),
+    "difference": (Difference, {"center"}),
+    "computed weight": (Scaled, {"linear.weight", "scale"}),
+    "tokens first": (lambda: First(linear()), {"module.weight", "module.bias"}),
+}
+
+
+class Net(nn.Module):
+    """Embeds tokens, passes them through a body, and classifies their mean."""
+
+    def __init__(self, body: nn.Module, embedding: nn.Module | None = None) -> None:
+        super().__init__()
+        self.embedding = embedding or nn.Embedding(VOCABULARY, WIDTH)
+        self.body = body
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embedding(ids)).mean(1).tanh())
+
+
+def net(body: nn.Module, embedding: nn.Module | None = None) -> Net:
+    return Net(body, embedding).double().eval()
+
+
+@pytest.fixture(autouse=True)
+def same_weights_each_time() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def token_samples(
+    lengths: Sequence[int] = (4,) * 7, labels: Sequence[int] | None = None
+) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for n, length in enumerate(lengths):
+        ids = torch.randint(VOCABULARY, (1, length), generator=generator)
+        label = n % CLASSES if labels is None else labels[n]
+        samples.append({"input_ids": ids, "labels": torch.tensor([label])})
+    return samples
+
+
+def cross_entropy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["input_ids"]), batch["labels"])
+
+
+class TestModules:
+    @pytest.mark.parametrize("lengths", [(4,) * 7, (3, 5, 3, 5, 4, 5, 4)])
+    @pytest.mark.parametrize("body", BODIES)
+    def test_only_uses_that_are_not_known_go_alone(self, body, lengths):
+        make, alone = BODIES[body]
+        module = make()
+        if len(set(lengths)) > 1 and body in {
+            "table of positions", "flat table of positions", "norm of two dimensions"
+        }:  # fmt: skip
+            lengths = (4,) * 6  # these know one length only
+        model = net(nn.Sequential(linear(), nn.Tanh(), module))
+        names = {f"body.2.{name}" for name in alone}
+        check_model(model, token_samples(lengths), cross_entropy, names)
+
+    @pytest.mark.parametrize("body", ["linear", "convolution", "lstm", "tokens first"])
+    def test_batches_of_one_are_exact(self, body):
+        make, alone = BODIES[body]
+        names = {f"body.{name}" for name in alone if body != "tokens first"}
+        model = net(make())
+        check_model(model, token_samples(), cross_entropy, names, batch_size=1)
+
+    @pytest.mark.parametrize("padding", [0, 3, -1])
+    def test_padding_of_an_embedding_gets_no_gradient(self, padding):
+        table = nn.Embedding(VOCABULARY, WIDTH, padding_idx=padding)
+        model = net(linear(), table)
+        with torch.no_grad():
+            table.weight[padding] = 1.0
+        samples = token_samples()
+        for sample in samples:
+            sample["input_ids"][0, 1] = padding % VOCABULARY
+        check_model(model, samples, cross_entropy, set())
+
+    def test_an_embedding_may_be_used_twice_and_tied_to_the_output(self):
+        class Tied(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(VOCABULARY, WIDTH)
+                self.out = nn.Linear(WIDTH, VOCABULARY)
+                self.out.weight = self.table.weight
+
+            def forward(self, ids: Tensor) -> Tensor:
+                hidden = self.table(ids) + self.table((ids + 1) % VOCABULARY).tanh()
+                return self.out(hidden).mean(1)
+
+        check_model(Tied().double(), token_samples(), cross_entropy, set())
+
+    def test_a_table_that_is_looked_up_and_added_goes_alone(self):
+        class Added(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(4, WIDTH)
+                self.head = linear()
+
+            def forward(self, ids: Tensor) -> Tensor:
+                hidden = self.table(ids % 4) + self.table.weight
+                return self.head(hidden.tanh()).mean(1)
+
+        model = Added().double()
+        check_model(model, token_samples(), cross_entropy, {"table.weight"})
+
+    @pytest.mark.parametrize("option", ["max_norm", "scale_grad_by_freq"])
+    def test_odd_embeddings_are_exact(self, option):
+        options = {"max_norm": 1e9} if option == "max_norm" else {option: True}
+        table = nn.Embedding(VOCABULARY, WIDTH, **options)
+        model = net(linear(), table)
+        check_model(model, token_samples(), cross_entropy, {"embedding.weight"})
+
+    def test_several_rows_of_a_sample_stay_together(self):
+        """As in multiple choice: the choices of all samples are one batch."""
+
+        class Choices(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(VOCABULARY, WIDTH)
+                self.norm = LlamaNorm()
+                self.linear = linear()
+                self.head = nn.Linear(WIDTH, 1)
+
+            def forward(self, ids: Tensor) -> Tensor:
+                rows = ids.flatten(0, 1)
+                hidden = self.linear(self.table(rows).mean(1))
+                return self.head(self.norm(hidden).tanh()).view(ids.shape[:2])
+
+        generator = torch.Generator().manual_seed(0)
+        samples = [
+            {
+                "input_ids": torch.randint(VOCABULARY, (1, 3, 4), generator=generator),
+                "labels": torch.tensor([n % 3]),
+            }
+            for n in range(6)
+        ]
+        check_model(Choices().double(), samples, cross_entropy, set())
+
+    def test_checkpoints_that_are_always_on_are_exact(self):
+        model = net(Checkpointed(reentrant=False))
+        check_model(model, token_samples(), cross_entropy)
+
+    def test_reentrant_checkpoints_that_are_always_on_are_refused(self):
+        """With them, torch gives no gradients of chosen parameters."""
+        model = net(Checkpointed(reentrant=True))
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            check_model(model, token_samples(), cross_entropy)
+
+    def test_the_mean_of_the_batch_in_the_features_is_found_out(self):
+        class Centred(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x - x.mean(0) / 2
+
+        model = net(nn.Sequential(linear(), Centred()))
+        everything = {name for name, _ in model.named_parameters()}
+        check_model(model, token_samples(), cross_entropy, everything)
+
+    def test_samples_that_swap_their_features_are_found_out(self):
+        class Rolled(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.roll(1, 0)
+
+        model = net(nn.Sequential(linear(), Rolled()))
+        # Those that are tried have equal labels, so their loss is right.
+        samples = token_samples(labels=[1, 1, 0, 2, 1, 0, 2])
+        check_model(model, samples, cross_entropy)
+
+    @pytest.mark.parametrize("batch_size", [1, 2, None])
+    @pytest.mark.parametrize("first", [1, 2, 3])
+    def test_experts_that_tokens_are_routed_to_are_exact(self, first, batch_size):
+        """The first two samples send equally many tokens, others do not."""
+        model = net(Experts())
+        sent = (first, first, 3, 1, 1, 3, 2)
+        samples = token_samples()
+        for sample, count in zip(samples, sent, strict=True):
+            ids = sample["input_ids"]
+            ids.copy_(ids % (VOCABULARY - 1))
+            ids[0, :count] = VOCABULARY - 1
+        with torch.no_grad():
+            model.embedding.weight[:, 0].abs_().neg_()
+            model.embedding.weight[-1, 0] = 1.0
+        check_model(model, samples, cross_entropy, batch_size=batch_size)
+
+    @pytest.mark.parametrize("batch_size", [1, None])
+    @pytest.mark.parametrize("lengths", [(3, 3, 3, 5, 5), (5, 5, 3, 3, 3)])
+    @pytest.mark.parametrize("body", ["convolution", "linear"])
+    def test_a_branch_that_only_some_samples_take_is_exact(
+        self, body, lengths, batch_size
+    ):
+        class Branch(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.extra = BODIES[body][0]()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + self.extra(x) if x.shape[1] > 3 else x
+
+        samples = token_samples(lengths)
+        model = net(nn.Sequential(linear(), Branch()))
+        check_model(model, samples, cross_entropy, batch_size=batch_size)
+        # Nothing but the branch is targeted: some samples have no gradient at all.
+        options = {"batch_size": batch_size, "target_modules": ".*extra.*"}
+        check_model(model, samples, cross_entropy, **options)
+
+
+class Experts(nn.Module):
+    """Sends each token to one of two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([linear(), linear()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        chosen = (tokens[:, 0] > 0).long()
+        total = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            mine = (chosen == number).nonzero().flatten()
+            total = total.index_add(0, mine, expert(tokens[mine]))
+        return total.view_as(x)
+
+
+def log_chances(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["input_ids"])
+    return -logits.log_softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
+
+
+def targets_of(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Numbers in [0, 1] like the logits, different for each sample."""
+    ids = batch["input_ids"][:, :1]
+    classes = torch.arange(CLASSES)
+    return (((ids + classes) % 5) / 5).to(logits.dtype)
+
+
+def towards_targets(function: Callable[..., Tensor], **options: Any) -> Loss:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(batch["input_ids"])
+        return function(logits, targets_of(logits, batch), **options)
+
+    return loss
+
+
+def of_cross_entropy(**options: Any) -> Loss:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["input_ids"]), batch["labels"], **options)
+
+    return loss
+
+
+def two_terms(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["input_ids"])
+    error = F.mse_loss(logits, targets_of(logits, batch))
+    return F.cross_entropy(logits, batch["labels"]) + 0.1 * error
+
+
+class_weights = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+LOSSES: dict[str, Loss] = {
+    "mean": of_cross_entropy(),
+    "sum": of_cross_entropy(reduction="sum"),
+    "one per sample": of_cross_entropy(reduction="none"),
+    "column": lambda m, b: log_chances(m, b)[:, None],
+    "sum by hand": lambda m, b: log_chances(m, b).sum(),
+    "weighted classes": of_cross_entropy(weight=class_weights),
+    "smoothed labels": of_cross_entropy(label_smoothing=0.1),
+    "nll": lambda m, b: F.nll_loss(
+        m(b["input_ids"]).log_softmax(-1), b["labels"], weight=class_weights
+    ),
+    "squared error": towards_targets(F.mse_loss),
+    "absolute error": towards_targets(F.l1_loss),
+    "smooth error": towards_targets(F.smooth_l1_loss),
+    "several labels": towards_targets(F.binary_cross_entropy_with_logits),
+    "weighted labels": towards_targets(
+        F.binary_cross_entropy_with_logits, pos_weight=class_weights
+    ),
+    "chances": towards_targets(lambda x, y: F.binary_cross_entropy(x.sigmoid(), y)),
+    "soft labels": towards_targets(F.cross_entropy),
+    "two terms": two_terms,
+    "small": lambda m, b: 1e-9 * F.cross_entropy(m(b["input_ids"]), b["labels"]),
+}
+MIXING_LOSSES: dict[str, Loss] = {
+    "mean by hand": lambda m, b: log_chances(m, b).mean(),
+    "square of a mean": lambda m, b: log_chances(m, b).mean().square(),
+    "logsumexp": lambda m, b: log_chances(m, b).logsumexp(0),
+    "largest": lambda m, b: log_chances(m, b).max(),
+    "mean and penalty": lambda m, b: (
+        F.cross_entropy(m(b["input_ids"]), b["labels"])
+        + m(b["input_ids"]).square().mean()
+    ),
+}
+
+
+class TestLosses:
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_means_sums_and_vectors_are_exact_in_batches(self, loss):
+        check_model(net(linear()), token_samples(), LOSSES[loss], set())
+
+    @pytest.mark.parametrize("loss", MIXING_LOSSES)
+    def test_losses_that_mix_samples_are_found_out(self, loss):
+        model = net(linear())
+        everything = {name for name, _ in model.named_parameters()}
+        check_model(model, token_samples(), MIXING_LOSSES[loss], everything)
+
+    @pytest.mark.parametrize("loss", ["own", "mean", "mean by hand", "one per sample"])
+    @pytest.mark.parametrize("counts", [(1, 2, 4, 3, 4), (2, 2, 4, 1, 3)])
+    def test_a_mean_over_labelled_tokens_is_exact(self, counts, loss):
+        """Also where the two samples that are tried have equally many labels."""
+        samples = token_samples((4,) * len(counts))
+        for sample, count in zip(samples, counts, strict=True):
+            labels = sample["input_ids"] % CLASSES
+            labels[0, count:] = -100
+            sample["labels"] = labels
+        check_model(Tagger().double(), samples, TOKEN_LOSSES[loss])
+
+
+class Tagger(nn.Module):
+    """Labels every token; gives a loss as a model of Hugging Face does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.linear = linear()
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits = self.head(self.linear(self.embedding(input_ids)).tanh())
+        loss = F.cross_entropy(logits.view(-1, CLASSES), labels.view(-1))
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def by_token(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    logits = model(**batch).logits
+    losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    return losses, batch["labels"].ne(-100)
+
+
+def token_mean(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    losses, counts = by_token(model, batch)
+    return (losses * counts).sum() / counts.sum()
+
+
+def sample_means(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    losses, counts = by_token(model, batch)
+    return (losses * counts).sum(1) / counts.sum(1)
+
+
+TOKEN_LOSSES: dict[str, Loss | None] = {
+    "own": None,
+    "mean": lambda m, b: F.cross_entropy(m(**b).logits.transpose(1, 2), b["labels"]),
+    "mean by hand": token_mean,
+    "one per sample": sample_means,
+}
+
+
+class Pooled(nn.Module):
+    """Takes one more field per token, which batches do not know how to pad."""
+
+    def __init__(self, over_padding: bool) -> None:
+        super().__init__()
+        self.over_padding = over_padding
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.linear = linear()
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        boxes: Tensor | None = None,
+    ) -> SimpleNamespace:
+        x = self.embedding(input_ids)
+        x = self.linear(x if boxes is None else x + boxes).tanh()
+        seen = torch.ones_like(attention_mask) if self.over_padding else attention_mask
+        pooled = (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True)
+        return SimpleNamespace(loss=F.cross_entropy(self.head(pooled), labels))
+
+
+@pytest.mark.parametrize("has_boxes", [True, False])
+@pytest.mark.parametrize("over_padding", [True, False])
+@pytest.mark.parametrize("lengths", [(3, 3, 4, 6, 6), (3, 4, 5, 6, 6)])
+def test_padding_that_a_model_sees_is_part_of_the_sample(
+    lengths, over_padding, has_boxes
+):
+    """Also where the two samples of equal length that are tried have none."""
+    samples = []
+    for n, (length, sample) in enumerate(
+        zip(lengths, token_samples(lengths), strict=True)
+    ):
+        generator = torch.Generator().manual_seed(n)
+        boxes = torch.rand(1, 6, WIDTH, generator=generator, dtype=torch.float64)
+        ids = sample["input_ids"]
+        padded = padded_to(6, {**sample, "attention_mask": torch.ones_like(ids)})
+        assert padded["attention_mask"].sum() == length
+        samples.append({**padded, "boxes": boxes} if has_boxes else padded)
+    check_model(Pooled(over_padding).double(), samples)
+
+
+class TestLowPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_fisher_information_is_close_to_that_in_float64(self, name, dtype):
+        model = make_model(name).to(dtype)
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(name)))
+        batches = hf_samples(name)
+        found = compute(model, Calibration(batches), pool)
+        assert found.alone == set()
+        check_closeness(found.fisher, expected_of(model, batches, pool).fisher)
+
+    def test_a_tiny_loss_in_float16_does_not_vanish(self, name):
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return 1e-5 * model(**batch).loss
+
+        model = make_model(name).half()
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(name)))
+        batches = hf_samples(name)
+        found = compute(model, Calibration(batches, loss=loss), pool)
+        assert found.alone == set()
+        expected = expected_of(model, batches, pool, loss).fisher
+        check_closeness(found.fisher, expected)
+        large = expected > 1e-4 * expected.max()
+        assert (found.fisher[large] > 0).all()
+
+    def test_a_tiny_loss_in_float16_does_not_vanish_one_sample_at_a_time(self):
+        """Here the linear layer is exact in batches and the convolution is not."""
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return 1e-5 * cross_entropy(model, batch).float()
+
+        model = net(BODIES["convolution"][0]()).half()
+        samples = token_samples()
+        pool = find_candidates(model, IRDConfig(density=0.1))
+        found = compute(model, Calibration(samples, loss=loss), pool)
+        assert found.alone == {"body.module.weight", "body.module.bias"}
+        check_closeness(found.fisher, expected_of(model, samples, pool, loss).fisher)
+
+
+def check_closeness(found: Tensor, expected: Tensor) -> None:
+    """See that large entries are within 10 %, and that all correlate."""
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    both = torch.stack([found.double(), expected])
+    assert torch.corrcoef(both)[0, 1] > 0.99
+    large = expected > 0.01 * expected.max()
+    assert (found[large] / expected[large] - 1).abs().max() < 0.1
+
+
+class Tampering(torch.autograd.Function):
+    """The identity; the backward pass multiplies by a factor for each sample."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (factors,) = ctx.saved_tensors
+        return grads[0] * factors[:, None], None
+
+
+def tampered_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = Tampering.apply(model(batch["input_ids"]), batch["factor"])
+    return F.cross_entropy(logits, batch["labels"]) * batch["scale"].mean()
+
+
+def per_sample_tampered_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = Tampering.apply(model(batch["input_ids"]), batch["factor"])
+    losses = F.cross_entropy(logits, batch["labels"], reduction="none")
+    return losses * batch["scale"]
+
+
+@dataclass
+class State:
+    """What a selection must leave as it was."""
+
+    modes: list[bool]
+    flags: list[bool]
+    grads: list[Tensor | None]
+    values: dict[str, Tensor]
+    generators: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "State":
+        return cls(
+            [module.training for module in model.modules()],
+            [p.requires_grad for p in model.parameters()],
+            [p.grad for p in model.parameters()],
+            copy.deepcopy(model.state_dict()),
+            (torch.get_rng_state().tolist(), random.getstate()),
+        )
+
+    def check(self, model: nn.Module) -> None:
+        now = State.of(model)
+        assert now.modes == self.modes
+        assert now.flags == self.flags
+        pairs = zip(now.grads, self.grads, strict=True)
+        assert all(mine is theirs for mine, theirs in pairs)
+        assert all(torch.equal(v, self.values[k]) for k, v in now.values.items())
+        assert now.generators == self.generators
+        assert _get_current_function_mode_stack() == []
+        for module in model.modules():
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
+            assert not module._backward_hooks
+        for parameter in model.parameters():
+            assert not parameter._backward_hooks
+
+
+def half_trained(model: nn.Module) -> nn.Module:
+    """Put a model into a state of its own: modes, flags and gradients differ."""
+    model.train()
+    model.body.eval()
+    model.embedding.weight.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    return model
+
+
+LENGTHS = (3, 5, 3, 4, 6, 4, 5, 8, 6, 3, 8, 4)  # 0 is among the shortest, 7 is longest
+
+
+class TestBadSamples:
+    @pytest.mark.parametrize("method", ["ird", "reverse_ird", "fish", "gradient"])
+    @pytest.mark.parametrize("batch_size", [1, 3, None])
+    @pytest.mark.parametrize("bad", [0, 4, 7])
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("scale", torch.nan, "The loss of calibration sample {} must be"),
+            ("scale", torch.inf, "The loss of calibration sample {} must be"),
+            ("factor", torch.inf, "is not finite on calibration sample {}\\."),
+            ("factor", torch.nan, "is not finite on calibration sample {}\\."),
+        ],
+    )
+    def test_exactly_the_bad_sample_is_named(
+        self, field, value, message, bad, batch_size, method
+    ):
+        samples = token_samples(LENGTHS)
+        for n, sample in enumerate(samples):
+            for name in ("scale", "factor"):
+                is_bad = n == bad and name == field
+                number = value if is_bad else 1.0 + n / 10
+                sample[name] = torch.tensor([number], dtype=torch.float64)
+        model = half_trained(net(linear()))
+        config = IRDConfig(density=0.1, num_samples=12, method=method)
+        calibration = Calibration(
+            samples, loss=per_sample_tampered_loss, batch_size=batch_size
+        )
+        before = State.of(model)
+        with pytest.raises(ValueError, match=message.format(bad)):
+            select_parameters(model, config, calibration)
+        before.check(model)
+
+    def test_squares_that_overflow_in_sum_are_not_blamed_on_one_sample(self):
+        samples = token_samples(LENGTHS)
+        for sample in samples:
+            sample["scale"] = torch.ones(1)
+            sample["factor"] = torch.tensor([1e25])
+        model = net(linear()).float()
+        config = IRDConfig(density=0.1, num_samples=12, method="fish")
+        calibration = Calibration(samples, loss=per_sample_tampered_loss)
+        with pytest.raises(ValueError, match="when they are squared and summed"):
+            select_parameters(model, config, calibration)
+
+    @pytest.mark.parametrize("bad", [0, 7])
+    def test_a_label_that_is_not_finite_is_named(self, bad):
+        samples = make_samples("bert-regression")
+        samples[bad]["labels"] = torch.nan
+        model = make_model("bert-regression")
+        config = IRDConfig(density=0.1, num_samples=12, task_type="SEQ_CLS")
+        with pytest.raises(ValueError, match=f"loss of calibration sample {bad} must"):
+            select_parameters(model, config, samples)
+
+
+class Stopping(torch.autograd.Function):
+    """The identity, whose backward pass may be interrupted."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, stop: Callable[[], None]) -> Tensor:
+        ctx.stop = stop
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.stop()
+        return grads[0], None
+
+
+class Interruption:
+    """A loss during which, or during whose backward pass, the user loses patience."""
+
+    def __init__(self, when: str, after: int | None) -> None:
+        self.when = when
+        self.after = after
+        self.calls = {"forward": 0, "backward": 0}
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        loss = cross_entropy(model, batch)
+        self.count("forward")
+        return Stopping.apply(loss, lambda: self.count("backward"))
+
+    def count(self, phase: str) -> None:
+        self.calls[phase] += 1
+        if self.when == phase and self.calls[phase] == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("body", ["linear", "convolution"])
+def test_an_interrupted_selection_leaves_nothing_behind(body, phase):
+    def select(loss: Loss) -> Selection:
+        calibration = Calibration(token_samples(LENGTHS), loss=loss, batch_size=4)
+        config = IRDConfig(density=0.1, num_samples=12, initial_density=0.4)
+        return select_parameters(model, config, calibration)
+
+    model = half_trained(net(BODIES[body][0]()))
+    before = State.of(model)
+    whole = Interruption(phase, None)
+    expected = select(whole)
+    before.check(model)
+    assert whole.calls[phase] > 4  # the trial alone, in a batch, and then some
+    for after in range(1, whole.calls[phase] + 1):
+        with pytest.raises(KeyboardInterrupt):
+            select(Interruption(phase, after))
+        before.check(model)
+    assert flat(select(cross_entropy)) == flat(expected)
+
+
+class TestMemory:
+    METHODS = ("ird", "reverse_ird", "fish", "gradient")
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_groups_of_parameters_give_the_same_selection(self, name, method):
+        model = make_model(name).double()
+        settings = {"density": 0.02, "num_samples": 12, "method": method}
+        config = IRDConfig(**settings, **settings_of(name))
+        pool = find_candidates(model, config)
+        limit = 2 * 8 * max(pool.sizes)
+        groups = pool.groups(Limits.of(pool, None, limit).accumulator_bytes, 8)
+        assert len(groups) > 3
+        samples = make_samples(name)
+        expected = select_parameters(model, config, samples)
+        found = select_parameters(model, config, samples, memory_limit=limit)
+        assert flat(found) == flat(expected)
+        assert found.samples == expected.samples
+
+    def test_groups_of_parameters_are_exact_where_some_go_alone(self):
+        model = net(BODIES["convolution"][0]())
+        samples = token_samples(LENGTHS)
+        pool = find_candidates(model, IRDConfig(density=0.1))
+        limit = 2 * 8 * max(pool.sizes)
+        expected = expected_of(model, samples, pool, cross_entropy)
+        calibration = Calibration(samples, loss=cross_entropy)
+        found = compute(model, calibration, pool, memory_limit=limit)
+        check(found, expected, {"body.module.weight", "body.module.bias"})
+
+    def test_a_limit_below_the_largest_parameter_is_refused(self):
+        model = make_model("bert")
+        config = IRDConfig(density=0.1, num_samples=4, task_type="SEQ_CLS")
+        pool = find_candidates(model, config)
+        largest = "bert.embeddings.word_embeddings.weight"
+        assert model.get_parameter(largest).numel() == max(pool.sizes)
+        limit = 2 * 8 * max(pool.sizes) - 1
+        message = f"`memory_limit` must.*'{largest}'.*{limit}"
+        with pytest.raises(ValueError, match=message):
+            select_parameters(model, config, make_samples("bert"), memory_limit=limit)
+
+    @pytest.mark.parametrize("method", ["ird", "reverse_ird"])
+    def test_kept_gradients_give_the_same_selection(self, name, method, monkeypatch):
+        model = make_model(name).double()
+        settings = {"density": 0.02, "num_samples": 12, "method": method}
+        config = IRDConfig(**settings, initial_density=0.1, **settings_of(name))
+        calls = []
+        handle = model.register_forward_hook(lambda *_: calls.append(1))
+        found, counts = {}, {}
+        for kept in (None, 200_000, 0):
+            calls.clear()
+            with keeping(kept, monkeypatch):
+                found[kept] = select_parameters(
+                    model, config, Calibration(make_samples(name), batch_size=3)
+                )
+            counts[kept] = len(calls)
+        handle.remove()
+        assert counts[None] < counts[200_000] < counts[0]
+        for other in (200_000, 0):
+            assert flat(found[other]) == flat(found[None])
+            assert found[other].samples == found[None].samples
+            scores = [f.sample_scores for f in (found[other], found[None])]
+            assert_close(*scores, **TOL[torch.float64])
+
+
+@contextlib.contextmanager
+def keeping(size: int | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let kept gradients take so many bytes."""
+
+    class Limited(Limits):
+        @classmethod
+        def of(cls, *args: Any) -> Limits:
+            limits = Limits.of(*args)
+            return limits if size is None else dataclasses.replace(
+                limits, cache_bytes=size
+            )  # fmt: skip
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fisher, "Limits", Limited)
+        yield
