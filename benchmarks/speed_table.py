@@ -128,7 +128,7 @@ def _row(
     """Return texts; what misses its bar is in bold."""
     texts = {}
     for shape, value in values.items():
-        missed = value > (most or inf) or value < (least or 0)
+        missed = value > (most or inf) or value < (least or -inf)
         text = form.format(value)
         texts[shape] = f"**{text}**" if missed else text
     bar = f"≤ {most:g}" if most else f"≥ {least:g}" if least else ""

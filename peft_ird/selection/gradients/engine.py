@@ -114,7 +114,9 @@ class Engine:
         self._replay(samples, together, statistic)
         rest = [s for s in samples if s not in self._kept_positions]
         total = len(rest) * bool(together) + len(samples) * bool(alone)
-        hidden = True if self.ranks.rank or not total else None
+        if not total:  # on all processes alike
+            return True
+        hidden = True if self.ranks.rank else None
         with (
             self._raising_together(),
             tqdm(total=total, desc=title, leave=False, disable=hidden) as bar,
