@@ -204,8 +204,8 @@ def table(results: dict[str, Any]) -> str:
     tuned = {name: tuned_runs(results["runs"], name) for name in VARIANTS}
     base = {(run["task"], run["seed"]): run["score"] for run in tuned["IRD"]}
     lines = [
-        "| | score | against IRD | rate | in the pooler | seconds to select |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | seeds | score | against IRD | rate | in the pooler | seconds to select |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, runs in tuned.items():
         if not runs:
@@ -215,17 +215,17 @@ def table(results: dict[str, Any]) -> str:
         pooler = statistics.mean(run["pooler"] for run in runs)
         seconds = statistics.median(run["selection_seconds"] for run in runs)
         lines.append(
-            f"| {name} | {spread(scores)} | {difference(runs, base)} | {rates} | "
-            f"{pooler:.0%} | {seconds:.1f} |"
+            f"| {name} | {len(runs)} | {spread(scores)} | {difference(runs, base)} | "
+            f"{rates} | {pooler:.0%} | {seconds:.1f} |"
         )
     settings = results["settings"]
     tasks = ", ".join(sorted({run["task"] for run in results["runs"]}))
-    seeds = len({run["seed"] for run in results["runs"]})
     note = (
         f"MiniLM, {tasks}, {settings['train']:,} training sentences, "
         f"{settings['epochs']} epochs, {settings['density']:.1%} of the linear layers, "
-        f"{seeds} seeds, mean ± standard deviation; the learning rate is chosen on "
-        f"{HELD_OUT} held-out training sentences. Differences are paired over seeds."
+        "mean ± standard deviation; differences are paired over seeds. Rates with more "
+        f"than one choice are chosen on {HELD_OUT} held-out training sentences. "
+        "One thread, beside other work, so that seconds are rough."
     )
     return "\n".join([*lines, "", note, ""])
 
@@ -256,8 +256,10 @@ def difference(runs: Sequence[Run], base: dict[tuple[str, int], float]) -> str:
     ]
     if not pairs or not any(pairs):
         return ""
-    error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
-    return f"{statistics.mean(pairs):+.1f} (s.e. {error:.1f})"
+    mean = f"{statistics.mean(pairs):+.1f}"
+    if len(pairs) == 1:
+        return mean
+    return f"{mean} (s.e. {statistics.stdev(pairs) / len(pairs) ** 0.5:.1f})"
 
 
 def spread(values: Sequence[float]) -> str:

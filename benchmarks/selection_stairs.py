@@ -182,6 +182,11 @@ def table(results: Record) -> str:
     return "\n".join([*head, *rows(results, shapes)])
 
 
+def bold_if(is_missed: bool, text: str) -> str:
+    """Return the text, in bold where it misses its bar."""
+    return f"**{text}**" if is_missed else text
+
+
 def rows(results: Record, shapes: Sequence[str]) -> list[str]:
     """Return the rows of the table.
 
@@ -192,7 +197,7 @@ def rows(results: Record, shapes: Sequence[str]) -> list[str]:
     found = []
     for length in dict.fromkeys(cell["length"] for cell in results["stairs"]):
         ratios = {
-            cell["shape"]: f"{cell['ratio']:.2f}"
+            cell["shape"]: bold_if(cell["ratio"] > BAR, f"{cell['ratio']:.2f}")
             for cell in results["stairs"]
             if cell["length"] == length
         }

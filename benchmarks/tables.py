@@ -10,11 +10,12 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+import option_study
+import selection_speed
+import selection_stairs
+from record import RESULTS, ROOT
 
 Run = dict[str, Any]
 ROWS: list[tuple[str, Callable[[Run], float], Callable[[float], str]]] = [
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    fresh = with_table(text, "quickstart", quickstart_table())
+    fresh = text
+    for name, make in TABLES.items():
+        fresh = with_table(fresh, name, make())
     if options.check and fresh != text:
         print("README.md is stale; run `python benchmarks/tables.py`.")
         return 1
@@ -109,6 +112,60 @@ def quickstart_table() -> str:
         "files in `benchmarks/results`."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def selection_table() -> str:
+    """Return what a selection costs beside a plain pass, a loop and other libraries."""
+    speed, stairs, topk = (
+        read(name) for name in ("selection-speed", "selection-stairs", "topk")
+    )
+    text = selection_speed.table(speed)
+    rows, note = text.split("\n\n", 1)
+    shapes = len(speed["settings"]["shapes"])
+    lines = [
+        rows,
+        *selection_stairs.rows(stairs, speed["settings"]["shapes"]),
+        *topk_rows(topk, shapes),
+    ]
+    return "\n".join([*lines, "", note])
+
+
+def topk_rows(results: Run, columns: int) -> list[str]:
+    """Return the rows on top-k; they are of no model, so they stand in one column."""
+    found = []
+    for row in results["rows"]:
+        where = f"{results['entries'] / 1e6:.0f} M scores, k = {row['density']:.1%}"
+        empty = " |" * (columns - 1)
+        ratio = f"{row['ratio']:.1f}"
+        size = f"{row['bytes_per_entry']['stream']:.2f}"
+        found += [
+            f"| times faster than `torch.topk`, {where} |{empty} {ratio} | ≥ 4 |",
+            f"| bytes per entry extra, {where} |{empty} {size} | ≤ 1 |",
+        ]
+    return found
+
+
+def options_table() -> str:
+    """Return what options of the selection are worth on real data."""
+    return option_study.table(read("option-study"))
+
+
+TABLES = {
+    "quickstart": quickstart_table,
+    "selection": selection_table,
+    "options": options_table,
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read one result file.
+
+    Args:
+        name: Its name without the ending.
+    """
+    content = (RESULTS / f"{name}.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(content)
+    return found
 
 
 def load(name: str) -> list[dict[str, Any]]:
