@@ -62,12 +62,19 @@ def some_entries(pool: Pool) -> list[Tensor]:
 
 
 def compute(
-    model: nn.Module, calibration: Calibration, pool: Pool, **options: Any
+    model: nn.Module,
+    calibration: Calibration,
+    pool: Pool,
+    keep: bool = False,
+    **options: Any,
 ) -> Found:
+    """Compute everything; with ``keep``, from gradients of a pass before."""
     samples = tuple(range(len(calibration)))
     entries = some_entries(pool)
     with borrowed(model):
         estimator = FisherEstimator(model, pool, calibration, **options)
+        if keep:
+            estimator.remember(samples)
         outcome = estimator._engine.prepare(samples)
         return Found(
             joined(estimator.fisher(samples)),
@@ -162,12 +169,16 @@ def flat(selection: Selection) -> list[tuple[str, str, list[int]]]:
 
 
 class TestTransformers:
-    def test_every_parameter_is_exact_in_batches(self, any_name):
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_every_parameter_is_exact_in_batches(self, any_name, keep):
         model = make_model(any_name).double()
         # These biases belong to no sample: all samples of a batch share one.
         shared = {n for n, _ in model.named_parameters() if "relative_attention" in n}
         assert len(shared) == (2 if any_name == "t5" else 0)
-        check_model(model, hf_samples(any_name), alone=shared, **settings_of(any_name))
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(any_name)))
+        batches = hf_samples(any_name)
+        found = compute(model, Calibration(batches), pool, keep)
+        check(found, expected_of(model, batches, pool), alone=shared)
 
     def test_any_choice_of_parameters_is_exact(self, name):
         model = make_model(name).double()
@@ -314,6 +325,18 @@ def padded_to(width: int, sample: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def without_mask(sample: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: v for name, v in sample.items() if name != "attention_mask"}
+
+
+class Lookup(nn.Module):
+    """Passes its padding on as it is, counted from the end if negative."""
+
+    def __init__(self, rows: int, columns: int, padding_idx: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, columns))
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight, self.padding_idx)
 
 
 class LlamaNorm(nn.Module):
@@ -610,8 +633,9 @@ class TestModules:
         check_model(model, token_samples(), cross_entropy, names, batch_size=1)
 
     @pytest.mark.parametrize("padding", [0, 3, -1])
-    def test_padding_of_an_embedding_gets_no_gradient(self, padding):
-        table = nn.Embedding(VOCABULARY, WIDTH, padding_idx=padding)
+    @pytest.mark.parametrize("kind", [nn.Embedding, Lookup])
+    def test_padding_of_an_embedding_gets_no_gradient(self, kind, padding):
+        table = kind(VOCABULARY, WIDTH, padding_idx=padding)
         model = net(linear(), table)
         with torch.no_grad():
             table.weight[padding] = 1.0
@@ -950,14 +974,18 @@ class TestLowPrecision:
         assert found.alone == set()
         check_closeness(found.fisher, expected_of(model, batches, pool).fisher)
 
-    def test_a_tiny_loss_in_float16_does_not_vanish(self, name):
+    @pytest.mark.parametrize("keep", [False, True])
+    @pytest.mark.parametrize("factor", [1e-5, 1e3])
+    def test_tiny_and_large_losses_in_float16_keep_their_digits(
+        self, name, factor, keep
+    ):
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            return 1e-5 * model(**batch).loss
+            return factor * model(**batch).loss.float()
 
         model = make_model(name).half()
         pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(name)))
         batches = hf_samples(name)
-        found = compute(model, Calibration(batches, loss=loss), pool)
+        found = compute(model, Calibration(batches, loss=loss), pool, keep)
         assert found.alone == set()
         expected = expected_of(model, batches, pool, loss).fisher
         check_closeness(found.fisher, expected)
