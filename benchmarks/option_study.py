@@ -223,8 +223,8 @@ def table(results: dict[str, Any]) -> str:
     note = (
         f"MiniLM, {tasks}, {settings['train']:,} training sentences, "
         f"{settings['epochs']} epochs, {settings['density']:.1%} of the linear layers, "
-        "mean ± standard deviation; differences are paired over seeds. Rates with more "
-        f"than one choice are chosen on {HELD_OUT} held-out training sentences. "
+        "mean ± standard deviation; differences are paired over seeds. Where a row "
+        f"has tried several rates, {HELD_OUT} held-out training sentences chose. "
         "One thread, beside other work, so that seconds are rough."
     )
     return "\n".join([*lines, "", note, ""])
