@@ -75,11 +75,23 @@ def errors(rank):
     return str(caught.value), str(unequal.value)
 
 
+def overflowing():
+    """Select in float16 with a loss that overflows when it is scaled."""
+
+    def loss(model, batch):
+        return 3e3 * model(**batch).loss.float()
+
+    config = IRDConfig(task_type="SEQ_CLS", density=0.02, num_samples=12)
+    data = Calibration(make_samples("bert", 12), loss=loss)
+    selection = select_parameters(make_model("bert").half(), config, data)
+    return facts(selection)
+
+
 def work(rank, size, port, queue):
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
     try:
-        queue.put((rank, (selections(), errors(rank))))
+        queue.put((rank, (selections(), errors(rank), overflowing())))
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -111,7 +123,10 @@ def alone():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_process_selects_what_one_does_and_hears_of_errors(size, alone):
-    for found, (caught, unequal) in in_processes(size).values():
+    everything = in_processes(size)
+    first = everything[0]
+    for found, (caught, unequal), in_half in everything.values():
+        assert in_half == first[2]
         assert found == alone
         assert "calibration sample" in caught
         assert "rank 0 has 0" in unequal

@@ -735,12 +735,21 @@ class TestModules:
         check_model(model, samples, cross_entropy)
 
     @pytest.mark.parametrize("batch_size", [1, 2, None])
-    @pytest.mark.parametrize("first", [1, 2, 3])
-    def test_experts_that_tokens_are_routed_to_are_exact(self, first, batch_size):
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            (1, 1, 3, 1, 1, 3, 2),
+            (2, 2, 3, 1, 1, 3, 2),
+            (3, 3, 3, 1, 1, 3, 2),
+            (1, 1, 2, 0),
+            (1, 1, 0, 2, 0, 2),
+            (4, 4, 4, 4, 0, 4, 0),
+        ],
+    )
+    def test_experts_that_tokens_are_routed_to_are_exact(self, sent, batch_size):
         """The first two samples send equally many tokens, others do not."""
         model = net(Experts())
-        sent = (first, first, 3, 1, 1, 3, 2)
-        samples = token_samples()
+        samples = token_samples((4,) * len(sent))
         for sample, count in zip(samples, sent, strict=True):
             ids = sample["input_ids"]
             ids.copy_(ids % (VOCABULARY - 1))
@@ -752,7 +761,7 @@ class TestModules:
 
     @pytest.mark.parametrize("batch_size", [1, None])
     @pytest.mark.parametrize("lengths", [(3, 3, 3, 5, 5), (5, 5, 3, 3, 3)])
-    @pytest.mark.parametrize("body", ["convolution", "linear"])
+    @pytest.mark.parametrize("body", ["convolution", "linear", "lstm"])
     def test_a_branch_that_only_some_samples_take_is_exact(
         self, body, lengths, batch_size
     ):
@@ -773,11 +782,13 @@ class TestModules:
 
 
 class Experts(nn.Module):
-    """Sends each token to one of two linear layers."""
+    """Sends each token to one of two small networks."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts = nn.ModuleList([linear(), linear()])
+        self.experts = nn.ModuleList(
+            nn.Sequential(linear(), nn.Tanh(), linear()) for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
@@ -878,7 +889,29 @@ class TestLosses:
             labels = sample["input_ids"] % CLASSES
             labels[0, count:] = -100
             sample["labels"] = labels
-        check_model(Tagger().double(), samples, TOKEN_LOSSES[loss])
+        model = Tagger().double()
+        everything = {name for name, _ in model.named_parameters()}
+        alone = everything if loss == "mean by hand" else set()
+        check_model(model, samples, TOKEN_LOSSES[loss], alone)
+
+    @pytest.mark.parametrize("batch_size", [2, None])
+    @pytest.mark.parametrize(
+        "counts", [(1, 2, 4, 3), (1, 1, 2, 1, 3), (2, 2, 1, 3), (3, 3, 2, 4)]
+    )
+    def test_a_mean_over_tokens_that_are_picked_is_exact(self, counts, batch_size):
+        """Their number may be a multiple of that of the samples, by chance."""
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            is_picked = batch["labels"] != -100
+            logits = model(**batch).logits[is_picked]
+            return F.cross_entropy(logits, batch["labels"][is_picked])
+
+        samples = token_samples((4,) * len(counts))
+        for sample, count in zip(samples, counts, strict=True):
+            labels = sample["input_ids"] % CLASSES
+            labels[0, count:] = -100
+            sample["labels"] = labels
+        check_model(Tagger().double(), samples, loss, batch_size=batch_size)
 
 
 class Tagger(nn.Module):

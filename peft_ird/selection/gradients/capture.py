@@ -81,6 +81,8 @@ class Capture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._recorder.refuse((*args, *kwargs.values()))
+            if self._recorder.size > 1:
+                self._recorder.picked.note(func, args, result)
         return result
 
     def backward(self, loss: Tensor) -> None:
@@ -91,6 +93,7 @@ class Capture(TorchFunctionMode):
         """
         recorder = self._recorder
         recorder.is_backward = True
+        recorder.picked.clear()
         if recorder.scale != 1.0:
             loss = loss.float().mul(recorder.scale)
         torch.autograd.backward(loss)

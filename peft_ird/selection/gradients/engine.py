@@ -74,6 +74,7 @@ class Engine:
             with self._raising_together():
                 outcome = trial.outcome(samples)
             everywhere = frozenset().union(*self.ranks.gather(outcome.alone))
+            self._share_scale()
             self._outcome = replace(outcome, alone=everywhere)
             if everywhere:
                 logger.info(
@@ -133,12 +134,17 @@ class Engine:
         """Let what does not fit go alone on all processes; return whether all fits."""
         outcome = self._outcome
         assert outcome is not None
+        self._share_scale()
         alone = outcome.alone.union(*self.ranks.gather(misfits))
         self._outcome = replace(outcome, alone=alone)
         if alone == outcome.alone:
             return True
         self._kept, self._kept_positions = [], frozenset()
         return False
+
+    def _share_scale(self) -> None:
+        """Lower the scale of the loss on all processes as far as on any of them."""
+        self.singles.scale = min(self.ranks.gather(self.singles.scale))
 
     def remember(self, samples: Sequence[int]) -> None:
         """Keep the gradients of as many samples as fit, for passes to come.

@@ -180,6 +180,8 @@ def join_outers(uses: Sequence[Outer]) -> Outer:
 def _spans(live: Tensor) -> list[tuple[int, int]]:
     """Return where the live tokens of each sample begin and end."""
     length = live.shape[1]
+    if not length:
+        return [(0, 0)] * len(live)
     flags = live.to(torch.uint8)
     first = flags.argmax(1)
     stop = length - flags.flip(1).argmax(1)

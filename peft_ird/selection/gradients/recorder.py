@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peft_ird.selection.gradients.dense import Dense
 from peft_ird.selection.gradients.forms import SampleGradients, combine
 from peft_ird.selection.gradients.outer import Outer
+from peft_ird.selection.gradients.picked import Picked
 from peft_ird.selection.gradients.rows import Rows
 
 __all__ = ["Observer", "Recorder"]
@@ -43,6 +44,7 @@ class Recorder:
     ) -> None:
         self.size = size
         self.widths = {1, *widths}
+        self.picked = Picked(size)
         self.refused: set[int] = set()  # parameters that were used in another way
         self.mixes_losses = False  # whether a mean could not be divided by sample
         self.losses: list[Tensor] = []
@@ -107,6 +109,8 @@ class Recorder:
         """
         if self.size == 1:
             return tensor.ndim > 0
+        if tensor in self.picked:
+            return False
         each, rest = divmod(tensor.shape[0] if tensor.ndim else 0, self.size)
         is_flat = tensor.ndim < 3
         return bool(each) and not rest and (not is_flat or each in self.widths)
