@@ -176,9 +176,9 @@ def test_entries_are_sampled_only_where_a_block_of_them_costs_more(
     calls = []
     sampled = Outer._sampled
 
-    def counted(self, n, where):
-        calls.append(n)
-        return sampled(self, n, where)
+    def counted(self, rows, where):
+        calls.extend(rows)
+        return sampled(self, rows, where)
 
     flat = places(data, case.shape)
     assume(len(flat))

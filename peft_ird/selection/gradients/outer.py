@@ -124,9 +124,9 @@ class Outer:
         """See `SampleGradients`."""
         used, columns, _ = where.used
         area, whole = len(used) * len(columns), self.shape[0] * self.shape[1]
-        sampled = _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
-        if area > sampled and not _is_wide(self.left.device):
-            return torch.stack([self._sampled(n, where) for n in rows])
+        if not _is_wide(self.left.device):
+            sampled = _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
+            return (self._sampled if area > sampled else self._compact)(rows, where)
         size = max(1, _BLOCK_BYTES // max(1, area * torch.float32.itemsize))
         return torch.cat(
             [
@@ -135,8 +135,19 @@ class Outer:
             ]
         )
 
+    def _compact(self, rows: Sequence[int], where: Where) -> Tensor:
+        """Multiply one sample's used rows and columns at a time, in the cache."""
+        used, columns, place = where.used
+        pairs = [self.factors(n) for n in rows]
+        found = pairs[0][0].new_empty(len(rows), len(where))
+        product = found.new_empty(len(used), len(columns))
+        for entries, (left, right) in zip(found, pairs, strict=True):
+            torch.mm(left[:, used].t(), right[:, columns], out=product)
+            torch.index_select(product.view(-1), 0, place, out=entries)
+        return found
+
     def _block(self, rows: Sequence[int], where: Where) -> Tensor:
-        """Multiply the used rows and columns only, and read the entries there."""
+        """As `_compact`, for many samples at once."""
         used, columns, place = where.used
         spans = [self.spans[n] for n in rows]
         tokens = slice(min(start for start, _ in spans), max(stop for _, stop in spans))
@@ -146,12 +157,14 @@ class Outer:
         )
         return _products(left, right).flatten(1)[:, place].mul_(self.unscale)
 
-    def _sampled(self, n: int, where: Where) -> Tensor:
-        left, right = self.factors(n)
-        pattern = where.pattern(left.dtype)
-        product = torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0.0)
-        values: Tensor = product.values()
-        return values
+    def _sampled(self, rows: Sequence[int], where: Where) -> Tensor:
+        """Multiply what the entries need, one dot product each."""
+        found = []
+        for left, right in map(self.factors, rows):
+            pattern = where.pattern(left.dtype)
+            product = torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0.0)
+            found.append(product.values())
+        return torch.stack(found)
 
     def rows_at(self, n: int, rows: Tensor) -> Tensor:
         """Return whole rows of sample n's gradient. Shape ``[len(rows), i]``."""
