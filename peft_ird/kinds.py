@@ -1,10 +1,9 @@
 """Kinds of layers: one per way in which a module uses its parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -12,7 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ird.layer import Deltas, IRDLayer
 from peft_ird.merging import is_low_precision
-from peft_ird.sparse.ops import sum_dense
+from peft_ird.sparse.delta import SparseDelta
+from peft_ird.sparse.embedding import plus_rows
+from peft_ird.sparse.linear import linear, plus_product
+from peft_ird.sparse.ops import add_deltas, sum_dense
+from peft_ird.sparse.ways import way_in_force
 from peft_ird.substitution import with_parameters
 
 __all__ = [
@@ -95,34 +98,116 @@ class Embedding(Affine):
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
         return base_layer.num_embeddings, base_layer.embedding_dim
 
+    def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
+        base = self.get_base_layer()
+        is_plain = base.max_norm is None and not base.scale_grad_by_freq
+        if not is_plain or not _has_one_input(args, kwargs, deltas):
+            return super()._run(deltas, *args, **kwargs)
+        (ids,) = args
+        y = self.base_layer(ids)
+        for delta in deltas["weight"]:
+            y = plus_rows(y, ids, delta, base.padding_idx)
+        return y
+
 
 class Linear(Affine):
-    """``nn.Linear``: weight ``[o, i]``, bias ``[o]``."""
+    """``nn.Linear``: weight ``[o, i]``, bias ``[o]``.
+
+    Where nobody could notice, the delta is inside the weight for the moment of the
+    product, which gives what a merged layer gives to the last bit. With low-precision
+    weights, under autocast, or when something else takes part in the call of the base
+    layer (another tuner, hooks, another device) it is a product of its own.
+    """
+
+    _is_transposed = False
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
         return base_layer.in_features, base_layer.out_features
 
-    def _output_share(self, dense: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        if "weight" not in dense:
-            return dense["bias"]
-        return self._multiply(x, dense["weight"], dense.get("bias"))
+    def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
+        if "weight" not in deltas or not _has_one_input(args, kwargs, deltas):
+            return super()._run(deltas, *args, **kwargs)
+        (x,) = args
+        if self.is_applied_in_weight(x):
+            return self._run_in_weight(deltas, x)
+        y = self._with_products(self.base_layer(x), x, deltas["weight"])
+        for delta in deltas.get("bias", ()):
+            y = (y + delta.to_dense(delta.values.dtype)).to(y.dtype)
+        return y
 
-    @staticmethod
-    def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight.to(x), None if bias is None else bias.to(x))
+    def is_applied_in_weight(self, x: Tensor) -> bool:
+        """Return whether the delta goes into the weight for the call with this input.
+
+        Args:
+            x: The input.
+        """
+        forced = way_in_force()
+        if forced is not None:
+            return forced == "in_weight"
+        base = self.get_base_layer()
+        weight = base.weight  # under FSDP no parameter, but a view
+        return (
+            base is self.base_layer
+            and not _is_observed(base)
+            and type(weight) in {Tensor, nn.Parameter}
+            and weight.dtype in {torch.float32, torch.float64}
+            and not weight.requires_grad
+            and x.dtype == weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _run_in_weight(self, deltas: Deltas, x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        bias = base.bias
+        if "bias" in deltas:
+            bias = add_deltas(bias, deltas["bias"])
+        first, *others = deltas["weight"]
+        y = linear(x, base.weight, bias, first, self._is_transposed)
+        return self._with_products(y, x, others)
+
+    def _with_products(
+        self, y: Tensor, x: Tensor, deltas: Iterable[SparseDelta]
+    ) -> Tensor:
+        for delta in deltas:
+            y = plus_product(y, x, delta, self._is_transposed)
+        return y
 
 
 class TransposedLinear(Linear):
     """``Conv1D``, the linear layer of GPT-2: weight ``[i, o]``, bias ``[o]``."""
 
+    _is_transposed = True
+
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
         return base_layer.nx, base_layer.nf
 
-    @staticmethod
-    def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return Linear._multiply(x, weight.T, bias)
+
+def _has_one_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], deltas: Deltas
+) -> bool:
+    """Return whether a layer is called with one tensor, where its deltas are."""
+    device = next(iter(deltas.values()))[0].values.device
+    return (
+        not kwargs
+        and len(args) == 1
+        and isinstance(args[0], Tensor)
+        and args[0].device == device
+    )
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Return whether anything but the module's own forward takes part in a call."""
+    return "forward" in module.__dict__ or any(
+        getattr(module, hooks)
+        for hooks in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
 
 
 class CustomLinear(IRDLayer):

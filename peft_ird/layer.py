@@ -10,6 +10,7 @@ from peft_ird._registration import BufferDict
 from peft_ird.merging import Merging
 from peft_ird.sparse.delta import SparseDelta, check_indices, index_dtype
 from peft_ird.sparse.ops import add_deltas
+from peft_ird.sparse.support import Support
 from peft_ird.substitution import call_with_parameters
 
 __all__ = ["Deltas", "IRDLayer"]
@@ -43,6 +44,7 @@ class IRDLayer(nn.Module, Merging):
         self.merged_adapters = []
         self._disable_adapters = False
         self._unchecked: set[str] = set()
+        self._supports: dict[str, dict[str, Support]] = {}  # of matrices
         # Parameters that another layer owns too; that layer has the deltas.
         self._shared: dict[str, tuple[IRDLayer, str]] = {}
         self.in_features, self.out_features = self._features(self.get_base_layer())
@@ -89,6 +91,8 @@ class IRDLayer(nn.Module, Merging):
         self.irdelta_values[adapter_name] = values
         self.irdelta_indices[adapter_name] = positions
         self._unchecked.add(adapter_name)
+        if indices is not None:
+            self._check(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def share(self, name: str, owner: "IRDLayer", owned_name: str) -> None:
@@ -123,6 +127,7 @@ class IRDLayer(nn.Module, Merging):
         for container in (self.irdelta_values, self.irdelta_indices):
             if adapter_name in container:
                 del container[adapter_name]
+        self._supports.pop(adapter_name, None)
 
     def _indices(self, adapter_name: str) -> dict[str, Tensor]:
         known = adapter_name in self.irdelta_indices
@@ -140,6 +145,7 @@ class IRDLayer(nn.Module, Merging):
             self.irdelta_indices[adapter_name][name],
             self.irdelta_values[adapter_name][name],
             self._base_parameter(name).shape,
+            self._supports.get(adapter_name, {}).get(name),
         )
 
     def _base_parameter(self, name: str) -> Tensor:
@@ -212,6 +218,21 @@ class IRDLayer(nn.Module, Merging):
         for name, indices in self._indices(adapter).items():
             check_indices(indices, self._base_parameter(name).numel(), name)
         self._unchecked.discard(adapter)
+        self._find_supports(adapter)
+
+    def _find_supports(self, adapter: str) -> None:
+        shapes = {n: self._base_parameter(n).shape for n in self._indices(adapter)}
+        self._supports[adapter] = {
+            name: Support.of(indices, shapes[name], torch.float32)
+            for name, indices in self._indices(adapter).items()
+            if len(shapes[name]) == 2
+        }
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        module = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        for adapter in self._supports:
+            self._find_supports(adapter)  # where the indices are now
+        return module
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unchecked.update(self.irdelta_values)

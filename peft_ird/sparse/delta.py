@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_ird.sparse.support import Support
+
 __all__ = ["SparseDelta", "check_indices", "index_dtype"]
 
 
@@ -54,11 +56,13 @@ class SparseDelta:
         values: The update at these positions. Shape ``[k]``, floating point; owns the
             gradient.
         shape: Shape of the tensor that is updated.
+        support: Its rows and columns with entries, for a matrix.
     """
 
     indices: Tensor
     values: Tensor
     shape: torch.Size
+    support: Support | None = None
 
     def to_dense(self, dtype: torch.dtype) -> Tensor:
         """Return the delta as a dense tensor, differentiable in ``values``.

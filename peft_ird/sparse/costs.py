@@ -1,0 +1,109 @@
+"""Which way to the gradient of a delta's values is the cheapest, on this device.
+
+Costs are per token and in multiples of one multiplication of a dense matrix product.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from peft_ird.sparse.products import METHODS
+
+__all__ = ["Costs", "calibrated", "cheapest"]
+
+# Blocks below this are computed faster than anything could be decided about them.
+_SMALL = 1 << 14
+_TOKENS, _SIDE, _SHARE = 512, 768, 200  # of the products that are timed
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the steps of a method cost.
+
+    Args:
+        sampled: An entry of a sampled product.
+        moved: An element of a factor that is copied into another layout.
+    """
+
+    sampled: float
+    moved: float
+
+    def of(self, method: str, block: tuple[int, int], k: int) -> float:
+        """Return the cost of a method.
+
+        Args:
+            method: One of `METHODS`.
+            block: Rows and columns that have entries.
+            k: Number of entries.
+        """
+        if method == "block":
+            return block[0] * block[1]
+        return self.sampled * k + self.moved * (block[0] + block[1])
+
+
+def cheapest(
+    block: tuple[int, int], k: int, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Return the method with the lowest cost.
+
+    Args:
+        block: Rows and columns that have entries.
+        k: Number of entries.
+        device: Where the product is computed.
+        dtype: Type that it is computed in.
+    """
+    if block[0] * block[1] <= _SMALL or device.type == "meta":
+        return "block"
+    costs = calibrated(device, dtype)
+    return min(METHODS, key=lambda method: costs.of(method, block, k))
+
+
+@cache
+def calibrated(device: torch.device, dtype: torch.dtype) -> Costs:
+    """Time the products once on a device; costs are rounded, as times are noisy.
+
+    Args:
+        device: The device.
+        dtype: Type of the factors.
+    """
+    left, right = (
+        torch.ones(_TOKENS, _SIDE, device=device, dtype=dtype) for _ in range(2)
+    )
+    area = _SIDE * _SIDE
+    few, many = (
+        torch.arange(0, area, step, device=device) for step in (_SHARE * 8, _SHARE)
+    )
+
+    def timed(method: str, places: torch.Tensor) -> float:
+        return _seconds(lambda: METHODS[method](left, right, places), device)
+
+    try:
+        unit = timed("block", many) / area
+        low, high = timed("sampled", few), timed("sampled", many)
+    except RuntimeError:  # the type has no sampled product on this device
+        return Costs(math.inf, math.inf)
+    each = max(0.0, (high - low) / (len(many) - len(few)))
+    moved = max(0.0, low - each * len(few)) / (2 * _SIDE)
+    return Costs(_rounded(each / unit), _rounded(moved / unit))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return the shortest of a few times, after one that does not count."""
+    times = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _rounded(cost: float) -> float:
+    """Round to a power of two, so that equal machines decide alike."""
+    return 2.0 ** round(math.log2(cost)) if cost > 0 else 0.0

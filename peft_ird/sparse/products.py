@@ -1,0 +1,84 @@
+r"""Chosen entries of a product of two tall matrices, :math:`(L^\top R)[p]`.
+
+The gradient of a linear layer's weight is such a product. Letters in shapes: ``t``
+token, ``r`` rows and ``c`` columns of the product, ``k`` entries.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["METHODS", "by_block", "by_sampling"]
+
+# A tile of the product stays in the cache until its entries are read.
+_TILE_BYTES = 4 << 20
+
+
+def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
+    """Form the product tile by tile and read the entries; it is never there as a whole.
+
+    Args:
+        left: Shape ``[t, r]``.
+        right: Shape ``[t, c]``.
+        places: Ascending flat positions in the product. Shape ``[k]``, int64.
+
+    Returns:
+        The entries. Shape ``[k]``, float32 or better.
+    """
+    rows, width = left.shape[1], right.shape[1]
+    step = max(1, _TILE_BYTES // max(1, width * torch.float32.itemsize))
+    if rows <= step or left.is_cuda:
+        return _product(left, right).flatten()[places]
+    starts = range(0, rows, step)
+    bounds = torch.tensor([*starts, rows], device=places.device) * width
+    ends = torch.searchsorted(places, bounds).tolist()
+    found = [
+        _product(left[:, start : start + step], right).flatten()[
+            places[first:last] - start * width
+        ]
+        for start, first, last in zip(starts, ends[:-1], ends[1:], strict=True)
+        if first < last
+    ]
+    return torch.cat(found)
+
+
+def by_sampling(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
+    """Compute the entries only, one dot product each; as `by_block`."""
+    rows, width = left.shape[1], right.shape[1]
+    left, right = _computable(left), _computable(right)
+    bounds = torch.arange(rows + 1, device=places.device) * width
+    _warn_of_nothing()
+    pattern = torch.sparse_csr_tensor(
+        torch.searchsorted(places, bounds), places % width,
+        left.new_zeros(len(places)), size=(rows, width), check_invariants=False,
+    )  # fmt: skip
+    product = torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0.0)
+    values: Tensor = product.values()
+    return values
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "block": by_block,
+    "sampled": by_sampling,
+}
+
+
+@cache
+def _warn_of_nothing() -> None:
+    """Let torch give its warning that CSR is in beta, once, unheard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_cuda and left.dtype in {torch.bfloat16, torch.float16}:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return _computable(left).t() @ _computable(right)
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

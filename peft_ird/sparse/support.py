@@ -1,0 +1,89 @@
+"""The rows and columns of a matrix in which an adapter has entries.
+
+Fisher masks are clustered: at small budgets all entries lie in a few rows and columns.
+What is computed with a delta is computed on that block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_ird.sparse.costs import cheapest
+
+__all__ = ["Support"]
+
+# A copy of more than this share of the columns of an input costs more than it saves.
+_DENSE = 0.5
+
+
+@dataclass(frozen=True)
+class Support:
+    """Used rows and columns of a matrix, and the way to the gradient of its entries.
+
+    Args:
+        shape: Rows and columns of the matrix.
+        rows: Numbers of the used rows, ascending; empty for all. Shape ``[r]``, int32.
+        columns: Numbers of the used columns, as ``rows``. Shape ``[c]``, int32.
+        gradient: One of `METHODS`.
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+    gradient: str = "block"
+
+    @classmethod
+    def of(cls, indices: Tensor, shape: torch.Size, dtype: torch.dtype) -> "Support":
+        """Look where entries are, and choose the way to their gradient.
+
+        Args:
+            indices: Sorted flat positions. Shape ``[k]``, integer.
+            shape: Shape of the matrix.
+            dtype: Type of the values.
+        """
+        if indices.is_meta:
+            none = indices.new_empty(0, dtype=torch.int32)
+            return cls((shape[0], shape[1]), none, none)
+        rows, columns = (
+            _used(numbers, size)
+            for numbers, size in zip(_divided(indices, shape[1]), shape, strict=True)
+        )
+        found = cls((shape[0], shape[1]), rows, columns)
+        method = cheapest(found.block, len(indices), indices.device, dtype)
+        return cls(found.shape, rows, columns, method)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Number of rows and columns that are computed with."""
+        height, width = self.shape
+        return len(self.rows) or height, len(self.columns) or width
+
+    def places(self, indices: Tensor) -> Tensor:
+        """Return the positions of the entries in the block. Shape ``[k]``, int64."""
+        row, column = _divided(indices, self.shape[1])
+        if len(self.rows):
+            row = torch.searchsorted(self.rows, row)
+        if len(self.columns):
+            column = torch.searchsorted(self.columns, column)
+        return row.long() * self.block[1] + column
+
+    def dense(self, indices: Tensor, values: Tensor) -> Tensor:
+        """Return the block of the delta. Shape `block`, dtype of ``values``."""
+        height, width = self.block
+        flat = values.new_zeros(height * width)
+        flat[self.places(indices)] = values
+        return flat.view(height, width)
+
+
+def _divided(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    row = torch.div(indices, width, rounding_mode="floor")
+    return row, indices - row * width
+
+
+def _used(numbers: Tensor, size: int) -> Tensor:
+    """Return the distinct numbers below ``size``; none if they are most of them."""
+    is_used = torch.zeros(size, dtype=torch.bool, device=numbers.device)
+    is_used[numbers.long()] = True
+    used = is_used.nonzero().flatten().int()
+    return used if len(used) <= _DENSE * size else used[:0]

@@ -1,0 +1,57 @@
+"""How deltas are applied, and how the gradients of their values are computed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from peft_ird.sparse.products import METHODS
+
+__all__ = ["WAYS", "forced", "gradient_in_force", "way_in_force"]
+
+WAYS = ("in_weight", "separate")
+
+
+@dataclass
+class _Forced:
+    way: str | None = None
+    gradient: str | None = None
+
+
+_FORCED = _Forced()
+
+
+@contextmanager
+def forced(way: str | None = None, gradient: str | None = None) -> Iterator[None]:
+    """Do all linear layers in one way, whatever it costs; for tests and measurements.
+
+    All threads do, and what was compiled before is compiled again.
+
+    Args:
+        way: ``"in_weight"`` or ``"separate"``; None for what fits the layer.
+        gradient: One of the methods in `peft_ird.sparse.products`; None for the
+            cheapest. What counts is the forward pass.
+
+    Raises:
+        ValueError: If there is no such way or method.
+    """
+    for name, given, known in (("way", way, WAYS), ("gradient", gradient, METHODS)):
+        if given is not None and given not in known:
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(known)} or None, got {given!r}."
+            )
+    before = _FORCED.way, _FORCED.gradient
+    _FORCED.way, _FORCED.gradient = way, gradient
+    try:
+        yield
+    finally:
+        _FORCED.way, _FORCED.gradient = before
+
+
+def way_in_force() -> str | None:
+    """Return the way that is forced, if one is."""
+    return _FORCED.way
+
+
+def gradient_in_force(chosen: str) -> str:
+    """Return the method that is forced, or else the one that was chosen."""
+    return _FORCED.gradient or chosen

@@ -1,0 +1,434 @@
+"""Linear layers and embeddings with a sparse delta, against the dense computation."""
+
+import copy
+import threading
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from peft_ird import IRDConfig
+from peft_ird.sparse import costs, products
+from peft_ird.sparse.delta import SparseDelta
+from peft_ird.sparse.embedding import plus_rows
+from peft_ird.sparse.lending import with_delta
+from peft_ird.sparse.linear import linear, plus_product
+from peft_ird.sparse.products import METHODS
+from peft_ird.sparse.support import Support
+from peft_ird.sparse.ways import WAYS, forced
+from tests import oracles
+from tests.oracles import TOL
+
+DOUBLE = TOL[torch.float64]
+
+
+@dataclass
+class Problem:
+    """A frozen weight, a delta on it and an input."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    delta: SparseDelta
+    is_transposed: bool
+
+    def dense(self, values: Tensor) -> Tensor:
+        merged = self.weight.clone().reshape(-1)
+        merged = merged.index_add(0, self.delta.indices.long(), values)
+        merged = merged.view(self.weight.shape)
+        return F.linear(self.x, merged.t() if self.is_transposed else merged, self.bias)
+
+    def sparse(self, way: str, method: str = "block") -> Tensor:
+        assert self.delta.support is not None
+        support = replace(self.delta.support, gradient=method)
+        delta = replace(self.delta, support=support)
+        if way == "in_weight":
+            return linear(self.x, self.weight, self.bias, delta, self.is_transposed)
+        weight = self.weight.t() if self.is_transposed else self.weight
+        y = F.linear(self.x, weight, self.bias)
+        return plus_product(y, self.x, delta, self.is_transposed)
+
+
+def some_layout(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers, otherwise in memory."""
+    if layout == "transposed" and tensor.ndim > 1:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        return torch.stack([tensor, -tensor], -1)[..., 0]
+    return tensor
+
+
+@st.composite
+def problems(draw, dtype=torch.float64):
+    o, i = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    is_transposed = draw(st.booleans())
+    shape = torch.Size((i, o) if is_transposed else (o, i))
+    rows, columns = (
+        draw(st.sets(st.integers(0, side - 1), max_size=side)) for side in shape
+    )
+    cells = [r * shape[1] + c for r in sorted(rows) for c in sorted(columns)]
+    chosen = sorted(draw(st.sets(st.sampled_from(cells)))) if cells else []
+    if draw(st.booleans()):
+        chosen = cells
+    batch = draw(st.sampled_from([(), (1,), (5,), (2, 3), (0,), (2, 0), (1, 2, 2)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+
+    def floats(*size):
+        return torch.randn(*size, generator=generator, dtype=dtype)
+
+    layouts = st.sampled_from(["plain", "transposed", "strided"])
+    x = some_layout(floats(*batch, i), draw(layouts)).requires_grad_()
+    weight = some_layout(floats(*shape), draw(layouts))
+    bias = floats(o).requires_grad_() if draw(st.booleans()) else None
+    indices = torch.tensor(chosen, dtype=torch.int32)
+    support = Support.of(indices, shape, dtype)
+    values = floats(len(chosen)).requires_grad_()
+    delta = SparseDelta(indices, values, shape, support)
+    return Problem(x, weight, bias, delta, is_transposed)
+
+
+def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weights = torch.linspace(-1, 1, max(1, output.numel()), dtype=output.dtype)
+    loss = (output.sin() * weights[: output.numel()].view(output.shape)).sum()
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [
+        torch.zeros_like(x) if g is None else g
+        for x, g in zip(inputs, found, strict=True)
+    ]
+
+
+@given(problems(), st.sampled_from(WAYS), st.sampled_from(sorted(METHODS)))
+def test_output_and_gradients_are_the_dense_ones(problem, way, method):
+    before = problem.weight.clone()
+    inputs = [problem.x, problem.delta.values]
+    inputs += [] if problem.bias is None else [problem.bias]
+    expected = problem.dense(problem.delta.values)
+    found = problem.sparse(way, method)
+    assert found.shape == expected.shape
+    assert_close(found, expected, **DOUBLE)
+    pairs = zip(gradients(found, inputs), gradients(expected, inputs), strict=True)
+    for mine, theirs in pairs:
+        assert_close(mine, theirs, **DOUBLE)
+    assert torch.equal(problem.weight, before)
+
+
+@given(problems(), st.sampled_from(WAYS), st.sampled_from(sorted(METHODS)))
+def test_gradcheck_passes(problem, way, method):
+    if not problem.delta.values.numel():
+        return
+
+    def call(x, values):
+        delta = replace(problem.delta, values=values)
+        return replace(problem, x=x, delta=delta).sparse(way, method)
+
+    assert torch.autograd.gradcheck(call, (problem.x, problem.delta.values))
+
+
+@given(problems(), st.integers(1, 40))
+def test_tiles_of_any_size_give_the_same(problem, size):
+    x = problem.x.detach().reshape(-1, problem.x.shape[-1])
+    left = torch.randn(len(x), 7, dtype=x.dtype)
+    places = torch.arange(0, 7 * x.shape[1], 2)
+    expected = (left.t() @ x).flatten()[places]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_TILE_BYTES", 4 * size)
+        assert_close(products.by_block(left, x, places), expected, **DOUBLE)
+    assert_close(products.by_sampling(left, x, places), expected, **DOUBLE)
+
+
+@given(problems())
+def test_the_support_is_what_the_entries_use(problem):
+    support, indices = problem.delta.support, problem.delta.indices.tolist()
+    for side, used in ((0, support.rows), (1, support.columns)):
+        width = problem.weight.shape[1]
+        wanted = sorted({(j // width, j % width)[side] for j in indices})
+        if 0 < len(wanted) <= problem.weight.shape[side] / 2:
+            assert used.tolist() == wanted
+        else:
+            assert not len(used)
+    delta = oracles.dense(*indices_and_values(problem), problem.weight.shape)
+    rows = support.rows.long() if len(support.rows) else slice(None)
+    columns = support.columns.long() if len(support.columns) else slice(None)
+    block = support.dense(problem.delta.indices, problem.delta.values)
+    assert torch.equal(block.detach(), delta[rows][:, columns])
+
+
+def indices_and_values(problem):
+    return problem.delta.indices, problem.delta.values
+
+
+def test_only_the_used_columns_of_the_input_are_kept():
+    indices = torch.tensor([3, 7 * 64 + 3, 9 * 64 + 8], dtype=torch.int32)
+    support = Support.of(indices, torch.Size((32, 64)), torch.float32)
+    delta = SparseDelta(
+        indices, torch.zeros(3, requires_grad=True), torch.Size((32, 64)), support
+    )
+    x, weight = torch.randn(10, 64, requires_grad=True), torch.randn(32, 64)
+    known = {t.untyped_storage().data_ptr() for t in (weight, *vars(support).values(),
+             indices, delta.values) if isinstance(t, Tensor)}  # fmt: skip
+    kept = []
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        linear(x, weight, None, delta)
+    assert [t.shape for t in kept] == [(10, 2)]
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        linear(x, weight, None, replace(delta, values=delta.values.detach()))
+    assert sum(t.numel() for t in kept) == 0
+
+
+@given(problems(), st.sampled_from([torch.float32, torch.float64]))
+def test_the_weight_gets_every_bit_back(problem, dtype):
+    weight = problem.weight.to(dtype) * 1e3
+    before, version = weight.clone(), weight._version
+    expected = before + oracles.dense(*indices_and_values(problem), weight.shape).to(
+        dtype
+    )
+    with with_delta(weight, problem.delta.indices, problem.delta.values) as merged:
+        assert_close(merged, expected, **TOL[dtype])
+    assert torch.equal(weight, before)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        with_delta(weight, problem.delta.indices, problem.delta.values),
+    ):
+        raise KeyboardInterrupt
+    assert torch.equal(weight, before)
+    assert weight._version == version
+
+
+def test_a_weight_that_other_processes_see_is_left_alone():
+    weight = torch.randn(3, 3).share_memory_()
+    before = weight.clone()
+    with with_delta(weight, torch.tensor([4]), torch.ones(1)) as merged:
+        assert torch.equal(weight, before)
+        assert merged[1, 1] == before[1, 1] + 1
+
+
+def adapted(module: nn.Module, density=0.3, **options):
+    config = IRDConfig(density=density, method="random", init_weights=False, **options)
+    return get_peft_model(nn.Sequential(module), config, autocast_adapter_dtype=False)
+
+
+def test_an_error_in_the_product_restores_the_weight():
+    model = adapted(nn.Linear(4, 3))
+    layer = model.base_model.model[0]
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5))
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_eight_threads_run_at_once():
+    torch.manual_seed(0)
+    model = adapted(nn.Linear(64, 64)).eval()
+    before = model.base_model.model[0].base_layer.weight.clone()
+    inputs = [torch.randn(16, 64) for _ in range(8)]
+    with torch.inference_mode():
+        expected = [model(x) for x in inputs]
+    found: list[list[bool]] = [[] for _ in inputs]
+
+    def work(n: int) -> None:
+        with torch.inference_mode():
+            for _ in range(50):
+                found[n].append(torch.equal(model(inputs[n]), expected[n]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(each) == 50 and all(each) for each in found)
+    assert torch.equal(model.base_model.model[0].base_layer.weight, before)
+
+
+class Twice(nn.Module):
+    """Uses one layer twice, once under a checkpoint of some kind."""
+
+    def __init__(self, layer: nn.Module, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        x = self.layer(x).tanh()
+        if self.use_reentrant is None:
+            return self.layer(x)
+        return checkpoint(self.layer, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 6), lambda: Conv1D(6, 6)])
+def test_double_use_and_checkpoints_and_two_forwards(make, use_reentrant, way):
+    torch.manual_seed(0)
+    base = make().double()
+    model = adapted(Twice(copy.deepcopy(base), use_reentrant))
+    layer = model.base_model.model[0].layer
+    deltas = {
+        name: oracles.dense(layer.irdelta_indices["default"][name], values, shape.shape)
+        for name, values in layer.irdelta_values["default"].items()
+        for shape in [base.get_parameter(name)]
+    }
+    dense = Twice(oracles.with_dense_deltas(base, deltas), None)
+    x, z = (torch.randn(4, 6, dtype=torch.float64) for _ in range(2))
+    with forced(way=way):
+        # Two passes forward before one backward, which adds up twice.
+        first, second = model(x.requires_grad_()), model(z.requires_grad_())
+        for _ in range(2):
+            (first.sin().sum() + second.cos().sum()).backward(retain_graph=True)
+    for _ in range(2):
+        (dense(x).sin().sum() + dense(z).cos().sum()).backward()
+    for name, values in layer.irdelta_values["default"].items():
+        wanted = dense.layer.get_parameter(name).grad.flatten()
+        at = layer.irdelta_indices["default"][name].long()
+        assert_close(values.grad, wanted[at], **DOUBLE)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 6), lambda: Conv1D(6, 8)])
+def test_under_autocast_the_delta_is_separate_and_survives(make):
+    torch.manual_seed(0)
+    model = adapted(make())
+    layer = model.base_model.model[0]
+    layer.irdelta_values["default"]["weight"].data.fill_(1e-4)
+    x = torch.randn(5, 8, requires_grad=True)
+    assert layer.is_applied_in_weight(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not layer.is_applied_in_weight(x)
+        output = model(x)
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    values = layer.irdelta_values["default"]["weight"]
+    assert values.grad.dtype == torch.float32
+    upstream = (2 * output.float()).detach()
+    dense = upstream.t() @ x.detach()
+    dense = dense if isinstance(layer.base_layer, nn.Linear) else dense.t()
+    at = layer.irdelta_indices["default"]["weight"].long()
+    assert_close(values.grad, dense.flatten()[at], **TOL[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_get_a_product_of_its_own(dtype):
+    torch.manual_seed(0)
+    config = IRDConfig(density=0.3, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6).to(dtype)), config)
+    layer = model.base_model.model[0]
+    values = layer.irdelta_values["default"]["weight"]
+    assert values.dtype == torch.float32
+    x = torch.randn(5, 8, dtype=dtype, requires_grad=True)
+    assert not layer.is_applied_in_weight(x)
+    delta = layer.get_delta_weight("default").double()
+    weight = layer.base_layer.weight.double() + delta
+    bias = layer.base_layer.bias.double() + layer.get_delta_weight("default", "bias")
+    output = model(x)
+    assert_close(output.double(), F.linear(x.double(), weight, bias), **TOL[dtype])
+    output.float().sum().backward()
+    assert_close(x.grad.double(), weight.sum(0).expand(5, -1), **TOL[dtype])
+
+
+def test_several_adapters_add_up():
+    torch.manual_seed(0)
+    model = adapted(nn.Linear(8, 6).double())
+    config = IRDConfig(density=0.5, method="random", init_weights=False, seed=1)
+    model.add_adapter("other", config, autocast_adapter_dtype=False)
+    model.base_model.set_adapter(["default", "other"])
+    layer = model.base_model.model[0]
+    weight, bias = (
+        layer.base_layer.get_parameter(name).double()
+        + sum(layer.get_delta_weight(a, name) for a in ("default", "other"))
+        for name in ("weight", "bias")
+    )
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert_close(model(x), F.linear(x, weight, bias), **DOUBLE)
+
+
+def test_backward_stops_below_the_lowest_entry():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    config = IRDConfig(density=1.0, method="random", target_modules=["1"])
+    model = get_peft_model(model, config)
+    seen = []
+    for number, module in enumerate(model.base_model.model):
+        module.register_forward_hook(
+            lambda *args, n=number: seen.append((n, args[2].requires_grad))
+        )
+    model(torch.randn(2, 4))
+    assert seen == [(0, False), (1, True), (2, True)]
+
+
+@st.composite
+def tables(draw):
+    rows, width = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    chosen = sorted(draw(st.sets(st.integers(0, rows * width - 1))))
+    batch = draw(st.sampled_from([(), (1,), (4,), (2, 3), (0,)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    ids = torch.randint(rows, batch, generator=generator)
+    table = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    values = torch.randn(len(chosen), generator=generator, dtype=torch.float64)
+    indices = torch.tensor(chosen, dtype=torch.int32)
+    padding = draw(st.sampled_from([None, *range(rows)]))
+    delta = SparseDelta(indices, values.requires_grad_(), table.shape)
+    return table, ids, delta, padding
+
+
+@given(tables())
+def test_an_embedding_is_the_dense_one(problem):
+    table, ids, delta, padding = problem
+    merged = table + delta.to_dense(table.dtype)
+    expected = F.embedding(ids, merged, padding)
+    found = plus_rows(F.embedding(ids, table, padding), ids, delta, padding)
+    assert_close(found, expected, **DOUBLE)
+    assert torch.equal(found, F.embedding(ids, merged.detach(), padding))
+    mine, theirs = (gradients(y, [delta.values])[0] for y in (found, expected))
+    assert_close(mine, theirs, **DOUBLE)
+
+
+def test_the_cheapest_way_follows_the_costs(monkeypatch):
+    cpu = torch.device("cpu")
+    prices = costs.Costs(sampled=8.0, moved=100.0)
+    monkeypatch.setattr(costs, "calibrated", lambda *_: prices)
+    dear = 8 * 2000 + 100 * 2000  # 2000 entries of a whole matrix
+    assert dear < 1000 * 1000
+    assert costs.cheapest((1000, 1000), 2000, cpu, torch.float32) == "sampled"
+    assert costs.cheapest((200, 300), 2000, cpu, torch.float32) == "block"
+    assert costs.cheapest((1000, 1000), 200_000, cpu, torch.float32) == "block"
+
+
+def test_what_is_forced_must_exist():
+    with pytest.raises(ValueError, match=r"`way` must be one of in_weight, separate"):
+        forced(way="sideways").__enter__()
+    with pytest.raises(ValueError, match=r"`gradient` must be one of block, sampled"):
+        forced(gradient="guess").__enter__()
+
+
+def test_the_operators_pass_the_checks_of_torch():
+    torch.manual_seed(0)
+    indices = torch.tensor([1, 5, 6], dtype=torch.int32)
+    none = torch.empty(0, dtype=torch.int32)
+    x = torch.randn(2, 4, requires_grad=True)
+    weight, values = torch.randn(3, 4), torch.randn(3, requires_grad=True)
+    ops = torch.ops.peft_ird
+    bias = torch.randn(3, requires_grad=True)
+    torch.library.opcheck(
+        ops.linear.default,
+        (x, weight, bias, values, indices, none, none, "block", False),
+    )
+    y = torch.randn(2, 3, requires_grad=True)
+    torch.library.opcheck(
+        ops.plus_product.default,
+        (y, x, values, indices, none, none, [3, 4], "sampled", False),
+    )
+    ids = torch.tensor([0, 2])
+    rows = torch.randn(2, 4, requires_grad=True)
+    torch.library.opcheck(ops.plus_rows.default, (rows, ids, values, indices, -1))
