@@ -15,6 +15,7 @@ from typing import Any
 import option_study
 import selection_speed
 import selection_stairs
+import step_table
 from record import RESULTS, ROOT
 
 Run = dict[str, Any]
@@ -150,10 +151,18 @@ def options_table() -> str:
     return option_study.table(read("option-study"))
 
 
+def step_table_or_none() -> str:
+    """Return what a training step costs, or that nobody has measured it."""
+    if not (RESULTS / "step.json").exists():
+        return "Not measured yet; run `python benchmarks/step.py`.\n"
+    return step_table.table(read("step"))
+
+
 TABLES = {
     "quickstart": quickstart_table,
     "selection": selection_table,
     "options": options_table,
+    "step": step_table_or_none,
 }
 
 

@@ -45,3 +45,69 @@ def test_peers_compute_the_same(selection_speed, name):
     pytest.importorskip(name)
     found = selection_speed.check_peer(name, 0)
     assert all(found[s]["agrees"] for s in selection_speed.PEERS[name].scopes)
+
+
+@pytest.fixture
+def step(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("step")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # peers'
+def test_the_step_table_has_every_contestant_and_what_is_refused(step, tmp_path):
+    path = tmp_path / "step.json"
+    shapes = ["--shapes", "tiny", "tiny-gpt2", "--repeats", "2"]
+    step.main([*shapes, "--parts", "speed", "switch", "--output", str(path)])
+    results = json.loads(path.read_text("utf-8"))
+    bert, gpt2 = (cell["trainees"] for cell in results["speed"])
+    assert not [label for label, row in bert.items() if "error" in row]
+    failed = {row["name"] for row in gpt2.values() if "error" in row}
+    assert failed == {"shira", "supertuning"}  # they know no Conv1D
+    entries = bert["ird 0.5 %"]["trained"]
+    assert bert["shira 0.5 %"]["trained"] == entries
+    assert bert["supertuning 0.5 %"]["trained"] == entries
+    assert bert["floor"]["trained"] == 0
+    assert bert["floor"]["kept"] < bert["full"]["kept"]
+    assert bert["floor"]["kept"] < bert["lora-8"]["kept"]
+    assert bert["ird 0.5 %"]["state_bytes"]["all"] >= 4 * 4
+    table = step.table(results)
+    assert "| step, IRD, 0.5 %, over SHiRA |" in table
+    assert "times faster to unmerge and merge" in table
+    plot = importlib.import_module("step_plot")
+    plot.main(["--results", str(path), "--output", str(tmp_path / "step.png")])
+    assert (tmp_path / "step.png").stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # peers'
+@pytest.mark.parametrize("shape", ["tiny", "tiny-llama"])
+@pytest.mark.usefixtures("step")
+def test_all_contestants_train_the_same_targets(shape):
+    shapes, trainees = (importlib.import_module(n) for n in ("shapes", "trainees"))
+    for name in set(trainees.BUILDERS) - {"floor", "bitfit"}:
+        model = shapes.build(shapes.SHAPES[shape], 0)
+        wanted = set(shapes.targets(model))
+        built = trainees.Trainee(name, 0.02).build(model)
+        trained = [
+            n.removeprefix("base_model.model.")
+            for n, p in built.named_parameters()
+            if p.requires_grad and p.numel()
+        ]
+        assert {w for w in wanted for n in trained if n.startswith(f"{w}.")} == wanted
+        assert all(any(n.startswith(f"{w}.") for w in wanted) for n in trained), name
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-gpt2"])
+@pytest.mark.usefixtures("step")
+def test_a_clustered_mask_uses_few_rows_and_fewer_columns(shape):
+    shapes, trainees = (importlib.import_module(n) for n in ("shapes", "trainees"))
+    model = shapes.build(shapes.SHAPES[shape], 0)
+    first, again = (trainees.clustered(model, 0.005, 3) for _ in range(2))
+    first.check()
+    for name, module in shapes.targets(model).items():
+        flat = first.indices[name]["weight"]
+        assert flat.equal(again.indices[name]["weight"])
+        rows, columns = flat // module.weight.shape[1], flat % module.weight.shape[1]
+        if shape == "tiny-gpt2":
+            rows, columns = columns, rows
+        assert len(columns.unique()) <= 2 < len(rows.unique())

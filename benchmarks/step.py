@@ -1,0 +1,288 @@
+"""Measure training steps: time, memory, switching adapters, and how they grow.
+
+python benchmarks/step.py                       # all: about ten minutes
+python benchmarks/step.py --shapes tiny --parts speed --only floor ird lora-8
+python benchmarks/step.py --device cuda --dtype bfloat16 --shapes llama-1b
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from footprint import kept_bytes, peaks, state_bytes
+from peft import LoraConfig, get_peft_model
+from record import RESULTS, git_state, machine, versions, write
+from shapes import SHAPES, Batch, Shape, build, draw, targets
+from step_table import table
+from torch import nn
+from trainees import BUILDERS, Trainee, clustered, trainees
+
+from peft_ird import IRDConfig
+
+PARTS = ("speed", "peak", "switch", "growth")
+PEAKS = ("floor", "ird", "lora-8", "shira", "supertuning", "full")
+GROWING = ("floor", "ird", "ird-random", "lora-8")
+AXES: dict[str, Sequence[float]] = {
+    "density": (0.0002, 0.001, 0.005, 0.025),
+    "length": (16, 64, 256),
+    "width": (256, 512, 768),
+    "depth": (2, 4, 8),
+}
+BASE = Shape("bert", 512, 4, 8, 2048, 1000, batch=8, length=64)
+TINY_BASE = replace(SHAPES["tiny"], length=64)
+Record = dict[str, Any]
+
+
+@dataclass
+class Runner:
+    """A contestant that is ready to step."""
+
+    model: nn.Module
+    batch: Batch
+    optimizer: torch.optim.Optimizer | None
+
+    def step(self) -> tuple[float, float]:
+        """Return the seconds of a step, and of its passes without the optimizer."""
+        start = _now()
+        self.model(**self.batch).loss.backward()
+        middle = _now()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return _now() - start, middle - start
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for, print it and write it to one file.
+
+    Args:
+        argv: Arguments of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--shapes", nargs="+", choices=SHAPES, default=["bert-base", "gpt2", "llama"])
+    add("--only", nargs="+", choices=BUILDERS, default=list(BUILDERS))
+    add("--densities", nargs="+", type=float, default=[0.005])
+    add("--parts", nargs="+", choices=PARTS, default=PARTS)
+    add("--repeats", type=int, default=3)
+    add("--batch", type=int, help="samples; default: the shape's own")
+    add("--length", type=int, help="tokens of a sample; default: the shape's own")
+    add("--device", default="cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=RESULTS / "step.json")
+    options = parser.parse_args(argv)
+    results = {
+        "settings": {k: v for k, v in vars(options).items() if k != "output"},
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "machine": {**machine(), "gpu": _gpu(options.device)},
+        "git": git_state(),
+        **measure(options),
+    }
+    write(options.output, results)
+    print(table(results))
+
+
+def _gpu(device: str) -> str | None:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else None
+
+
+def measure(options: argparse.Namespace) -> Record:
+    """Return the results of the parts that are asked for."""
+    found: Record = {}
+    first = options.shapes[0]
+    everyone = trainees(options.only, options.densities, options.seed)
+    if "peak" in options.parts:  # first, as other models are in memory later
+        chosen = [each for each in everyone if each.name in PEAKS]
+        found["peak"] = {"shape": first, **peak(chosen, first, options)}
+    if "speed" in options.parts:
+        found["speed"] = [
+            {"shape": name, **compare(everyone, sized(name, options), options)}
+            for name in options.shapes
+        ]
+    if "switch" in options.parts:
+        found["switch"] = {"shape": first, **switch(first, options)}
+    if "growth" in options.parts:
+        found["growth"] = growth(options)
+    return found
+
+
+def sized(name: str, options: argparse.Namespace) -> Shape:
+    """Return a shape with the batch that is asked for."""
+    shape = SHAPES[name]
+    return replace(
+        shape,
+        batch=options.batch or shape.batch,
+        length=options.length or shape.length,
+    )
+
+
+def peak(everyone: list[Trainee], name: str, options: argparse.Namespace) -> Record:
+    """Return peaks by label; whoever fails has none."""
+    found: Record = {}
+    for each in everyone:
+        try:
+            shape = sized(name, options)
+            found[each.label] = peaks(each, shape, options.device, options.dtype)
+        except Exception as error:  # what a peer raises is a finding
+            found[each.label] = {"error": f"{type(error).__name__}: {error}"}
+    return {"trainees": found}
+
+
+def compare(
+    everyone: list[Trainee], shape: Shape, options: argparse.Namespace
+) -> Record:
+    """Time steps in turn and count what is kept, after a step as a warm-up."""
+    runners: dict[str, Runner] = {}
+    rows: dict[str, Record] = {}
+    for each in everyone:
+        row = rows[each.label] = {"name": each.name, "density": each.density}
+        try:
+            runners[each.label], more = prepare(each, shape, options)
+            row |= more
+        except Exception as error:  # what a peer raises is a finding
+            row["error"] = f"{type(error).__name__}: {error}"
+            print(f"{each.label}: {row['error']}", flush=True)
+    interleave(runners, rows, options.repeats)
+    for label in runners:
+        print(
+            f"{shape.family}, {label}: {median(rows[label]['step']):.3f} s", flush=True
+        )
+    return {"batch": shape.batch, "length": shape.length, "trainees": rows}
+
+
+def prepare(
+    each: Trainee, shape: Shape, options: argparse.Namespace
+) -> tuple[Runner, Record]:
+    """Build a contestant, take one step, and return its sizes beside it."""
+    model = build(shape, options.seed, options.device, options.dtype)
+    model, batch = each.build(model), draw(shape, options.seed, options.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    runner = Runner(model, batch, torch.optim.AdamW(trained) if trained else None)
+    found: Record = {"trained": sum(p.numel() for p in trained)}
+    found["kept"] = kept_bytes(model, batch)
+    runner.step()
+    if each.name.startswith("ird") and runner.optimizer:
+        model(**batch).loss.backward()
+        found["state_bytes"] = state_bytes(model, runner.optimizer)
+        runner.optimizer.zero_grad()
+    return runner, found
+
+
+def interleave(
+    runners: dict[str, Runner], rows: dict[str, Record], repeats: int
+) -> None:
+    """Add seconds and medians of ratios; each repetition starts with another one.
+
+    ``over`` holds the ratios to all others, of one repetition each.
+    """
+    names = list(runners)
+    for label in names:
+        rows[label] |= {"step": [], "passes": []}
+    gc.collect()
+    gc.freeze()  # what lives through all steps; each collection is then a short one
+    for i in range(repeats):
+        shift = i % len(names) if names else 0
+        for label in [*names[shift:], *names[:shift]]:
+            gc.collect()
+            whole, passes = runners[label].step()
+            rows[label]["step"].append(whole)
+            rows[label]["passes"].append(passes)
+    gc.unfreeze()
+    for label in names:
+        rows[label]["over"] = {
+            other: {
+                k: _ratio(rows[label][k], rows[other][k]) for k in ("step", "passes")
+            }
+            for other in names
+        }
+
+
+def _ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    return median(a / b for a, b in zip(mine, theirs, strict=True))
+
+
+def growth(options: argparse.Namespace) -> list[Record]:
+    """Vary one size of a base point at a time."""
+    base = TINY_BASE if options.shapes[0].startswith("tiny") else BASE
+    names = [name for name in GROWING if name in options.only]
+    found = []
+    for axis, values in AXES.items():
+        for value in values:
+            shape, density = base, 0.005
+            if axis == "density":
+                density = value
+            elif axis == "width":
+                size = int(value) * base.width // BASE.width
+                shape = replace(base, width=size, inner=4 * size)
+            else:
+                shape = replace(base, **{axis: int(value)})
+            everyone = trainees(names, [density], options.seed)
+            cell = compare(everyone, shape, options)
+            found.append({"axis": axis, "value": value, **cell})
+    return found
+
+
+def switch(name: str, options: argparse.Namespace) -> Record:
+    """Time switching between two adapters, as they are and merged."""
+    shape = sized(name, options)
+    density = options.densities[-1]
+    base = build(shape, options.seed, options.device, options.dtype)
+    names = [*targets(base)]
+    is_transposed = shape.family == "gpt2"
+
+    def ird_config(seed: int) -> IRDConfig:
+        return IRDConfig(selection=clustered(base, density, seed))
+
+    def lora_config(_: int) -> LoraConfig:
+        return LoraConfig(r=8, target_modules=names, fan_in_fan_out=is_transposed)
+
+    found: Record = {"density": density}
+    kinds: dict[str, Callable[[int], Any]] = {"ird": ird_config, "lora-8": lora_config}
+    for kind, config in kinds.items():
+        own = build(shape, options.seed, options.device, options.dtype)
+        model = get_peft_model(own, config(0), adapter_name="first")
+        model.add_adapter("second", config(1))
+        found[kind] = {
+            "active": _seconds(model, options.repeats, merged=False),
+            "merged": _seconds(model, options.repeats, merged=True),
+        }
+    merged, active = found["lora-8"]["merged"], found["lora-8"]["active"]
+    found["times_faster"] = _ratio(merged, found["ird"]["merged"])
+    found["times_faster_active"] = _ratio(active, found["ird"]["active"])
+    return found
+
+
+def _seconds(model: Any, repeats: int, merged: bool) -> list[float]:
+    """Return the seconds of each switch, after two that are not counted."""
+    if merged:
+        model.merge_adapter()
+    seconds = []
+    for i in range(repeats + 2):
+        start = _now()
+        if merged:
+            model.unmerge_adapter()
+        model.set_adapter(("second", "first")[i % 2])
+        if merged:
+            model.merge_adapter()
+        seconds.append(_now() - start)
+    if merged:
+        model.unmerge_adapter()
+    return seconds[2:]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The table of what `step.py` measured."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from speed_table import Row, _row
+from trainees import SPARSE, TITLES, Trainee
+
+FLOOR_BARS = {"ird": 1.08, "ird-random": 1.25}
+BARS_UP_TO = 0.005  # density
+PEER_BARS = {"lora-8": 0.97, "shira": 0.8, "supertuning": 0.8, "full": 0.72}
+PEAK_BAR, KEPT_BAR, SWITCH_BAR = 1.0, 0.1, 20.0
+Record = dict[str, Any]
+
+
+def table(results: Record) -> str:
+    """Render ratios and their bars, one column per shape; misses are bold.
+
+    Args:
+        results: The content of a result file; parts that were not run are left out.
+    """
+    shapes = results["settings"]["shapes"]
+    head = [f"| | {' | '.join(shapes)} | bar |", f"|---|{'---:|' * (len(shapes) + 1)}"]
+    lines = []
+    for rows in ROWS:
+        for title, values, bar in rows(results):
+            cells = " | ".join(values.get(shape, "") for shape in shapes)
+            lines.append(f"| {title} | {cells} | {bar} |")
+    versions = results["versions"]
+    libraries = ", ".join(f"{n} {versions[n]}" for n in ("torch", "peft"))
+    where = (
+        results["machine"]["gpu"]
+        or f"{results['threads']} of {results['machine']['cores']} CPU cores"
+    )
+    note = (
+        f"Medians of {results['settings']['repeats']} repetitions, random weights, "
+        f"{results['settings']['dtype']}, no dropout, {where}, {libraries}."
+    )
+    return "\n".join([*head, *lines, "", note, ""])
+
+
+def _floor_rows(results: Record) -> Iterator[Row]:
+    for cells in _cells(results, "ird", "ird-random"):
+        name, density = (cells[0][1][key] for key in ("name", "density"))
+        bar = FLOOR_BARS[name] if density <= BARS_UP_TO else None
+        what = f"{TITLES[name]}, {100 * density:g} %"
+        for key, where, most in (
+            ("step", "step", bar),
+            ("passes", "step without optimizer", None),
+        ):
+            values = {
+                shape: row["over"]["floor"][key]
+                for shape, row in cells
+                if "floor" in row["over"]
+            }
+            if values:
+                title = f"{where}, over a frozen model's passes: {what}"
+                yield _row(title, values, "{:.2f}", most=most)
+
+
+def _peer_rows(results: Record) -> Iterator[Row]:
+    for cells in _cells(results, "ird"):
+        density = cells[0][1]["density"]
+        for other in TITLES:
+            if other.startswith(("ird", "floor")):
+                continue
+            key = other
+            if other in SPARSE:
+                key = Trainee(other, density).label
+            values = {s: r["over"][key]["step"] for s, r in cells if key in r["over"]}
+            if values:
+                title = f"step, IRD, {100 * density:g} %, over {TITLES[other]}"
+                bar = PEER_BARS.get(other) if density <= BARS_UP_TO else None
+                yield _row(title, values, "{:.2f}", most=bar)
+
+
+def _kept_rows(results: Record) -> Iterator[Row]:
+    for cells in _cells(results, "ird", "ird-random"):
+        name, density = (cells[0][1][key] for key in ("name", "density"))
+        values = {}
+        for shape, row in cells:
+            rows = _speed(results)[shape]
+            if {"floor", "lora-8"} <= set(row["over"]):
+                floor = rows["floor"]["kept"]
+                beyond = rows["lora-8"]["kept"] - floor
+                values[shape] = (row["kept"] - floor) / max(1, beyond)
+        if values:
+            title = (
+                "kept for backward beyond the frozen model's, over LoRA's (r = 8): "
+                f"{TITLES[name]}, {100 * density:g} %"
+            )
+            bar = KEPT_BAR if name == "ird" else None
+            yield _row(title, values, "{:.2f}", most=bar)
+
+
+def _peak_rows(results: Record) -> Iterator[Row]:
+    found = results.get("peak", {})
+    rows = found.get("trainees", {})
+    lora = rows.get("lora-8", {}).get("beyond")
+    for label, row in rows.items():
+        if lora and label.startswith("ird") and "beyond" in row:
+            values = {found["shape"]: row["beyond"] / lora}
+            title = f"peak memory beyond the model, over LoRA's (r = 8): {label}"
+            yield _row(title, values, "{:.2f}", most=PEAK_BAR)
+
+
+def _switch_rows(results: Record) -> Iterator[Row]:
+    if found := results.get("switch"):
+        values = {found["shape"]: found["times_faster"]}
+        title = "times faster to unmerge and merge another adapter than LoRA (r = 8)"
+        yield _row(title, values, "{:.1f}", least=SWITCH_BAR)
+        values = {found["shape"]: found["times_faster_active"]}
+        yield _row("times faster to activate another", values, "{:.1f}")
+
+
+def _state_rows(results: Record) -> Iterator[Row]:
+    for cells in _cells(results, "ird"):
+        values = {shape: row["state_bytes"]["all"] for shape, row in cells}
+        yield _row("bytes per entry with Adam", values, "{:.1f}")
+        return
+
+
+def _speed(results: Record) -> dict[str, dict[str, Record]]:
+    return {cell["shape"]: cell["trainees"] for cell in results.get("speed", ())}
+
+
+def _cells(results: Record, *names: str) -> Iterator[list[tuple[str, Record]]]:
+    """Yield the shapes and rows of each contestant of some names that did not fail."""
+    found: dict[str, list[tuple[str, Record]]] = {}
+    for shape, rows in _speed(results).items():
+        for label, row in rows.items():
+            if row["name"] in names and "error" not in row:
+                found.setdefault(label, []).append((shape, row))
+    yield from found.values()
+
+
+ROWS = (_floor_rows, _peer_rows, _peak_rows, _kept_rows, _switch_rows, _state_rows)
