@@ -2,8 +2,9 @@
 
 python benchmarks/option_study.py --data-dir GLUE        # goes on where it stopped
 
-Every run selects, trains and scores once. Learning rates are chosen by variant and task
-on held-out training sentences; GLUE's validation set is what is reported.
+Every seed draws its own training and held-out sentences, the same for all variants. A
+variant trains at every rate with the first seeds; the rate that is best on their
+held-out sentences is that of all its seeds. GLUE's validation set is what is reported.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +48,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "FISH, warm head, `per_module`": {"method": "fish", **WARM, "scope": "per_module"},
     "random": {"method": "random"},
 }
-RATES = (5e-3, 2e-3)
-RANDOM_RATES = (2e-2, 8e-3)
-HELD_OUT, REPORTED = 500, 800
+RATES = (5e-3, 1e-2)
+RANDOM_RATES = (2e-2, 5e-2)
+HELD_OUT, REPORTED = 500, 872
+TUNING = 2  # seeds that a variant tries all rates with
 Run = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not in the result file yet, one run after the other.
+    """Run what is not in the result file yet, one seed after the other.
 
     Args:
         argv: Arguments of the command line; None for those of this process.
@@ -66,29 +69,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--train", type=int, default=1000, help="training sentences")
     add("--epochs", type=int, default=3)
-    add("--minutes", type=float, default=60.0, help="no run starts after that")
+    add("--threads", type=int, default=1)
+    add("--minutes", type=float, default=60.0, help="no selection starts after that")
     add("--output", type=Path, default=RESULTS / "option-study.json")
     options = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
+    torch.set_num_threads(options.threads)
     end = time.monotonic() + 60 * options.minutes
     results = load(options)
     done = {key(run) for run in results["runs"]}
-    for wanted in plan(options):
+    for seed, task, variant in itertools.product(
+        options.seeds, options.tasks, options.variants
+    ):
+        wanted = {"task": task, "variant": variant, "seed": seed}
         if key(wanted) not in done and time.monotonic() < end:
-            results["runs"].append({**wanted, **train(wanted, options)})
+            for run in train(wanted, rates(results["runs"], wanted), options):
+                results["runs"].append(run)
+                print({k: v for k, v in run.items() if k != "kinds"}, flush=True)
             write(options.output, results)
-            print({k: v for k, v in results["runs"][-1].items() if k != "kinds"})
     print(table(results))
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the results so far, or new ones."""
+    """Return the results so far, or new ones.
+
+    Raises:
+        ValueError: If the results so far are of other settings.
+    """
+    settings = {
+        "train": options.train,
+        "held_out": HELD_OUT,
+        "reported": REPORTED,
+        "sentences": "drawn by seed",
+        "epochs": options.epochs,
+        "tuning_seeds": TUNING,
+        "threads": options.threads,
+        **BASE,
+    }
     if options.output.exists():
-        return json.loads(options.output.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(options.output.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise ValueError(
+                f"{options.output.name} holds runs with {found['settings']}, which "
+                f"cannot stand beside runs with {settings}; give another `--output`."
+            )
+        return found
     return {
-        "settings": {"train": options.train, "epochs": options.epochs, **BASE},
+        "settings": settings,
         "versions": versions(),
         "machine": machine(),
         "git": git_state(),
@@ -96,64 +125,88 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def plan(options: argparse.Namespace) -> Iterator[Run]:
-    """Yield the runs in an order that leaves every variant equally far."""
-    for step, seed, task in itertools.product((0, 1), options.seeds, options.tasks):
-        for variant in options.variants:
-            rates = RANDOM_RATES if variant == "random" else RATES
-            yield {
-                "task": task,
-                "variant": variant,
-                "rate": rates[step],
-                "seed": seed,
-            }
-
-
 def key(run: Run) -> tuple[Any, ...]:
-    """Return what makes a run the same as another."""
-    return run["task"], run["variant"], run["rate"], run["seed"]
+    """Return what makes a run of all rates the same as another."""
+    return run["task"], run["variant"], run["seed"]
 
 
-def train(run: Run, options: argparse.Namespace) -> Run:
-    """Select, train and score once."""
-    torch.manual_seed(run["seed"])
+def rates(runs: Sequence[Run], wanted: Run) -> tuple[float, ...]:
+    """Return the rates to train at: all of them, or what the first seeds chose."""
+    mine = [run for run in runs if key(run)[:2] == key(wanted)[:2]]
+    if len({run["seed"] for run in mine}) < TUNING:
+        return RANDOM_RATES if wanted["variant"] == "random" else RATES
+    return (best_rate(mine),)
+
+
+def best_rate(runs: Sequence[Run]) -> float:
+    """Return the rate that is best on held-out sentences of the seeds that tried all.
+
+    Args:
+        runs: Runs of one variant and task.
+    """
+    by_seed: dict[int, dict[float, float]] = {}
+    for run in runs:
+        by_seed.setdefault(run["seed"], {})[run["rate"]] = run["held_out"]
+    most = max(map(len, by_seed.values()))
+    tuning = [each for each in by_seed.values() if len(each) == most]
+    return max(tuning[0], key=lambda rate: statistics.mean(s[rate] for s in tuning))
+
+
+def train(
+    wanted: Run, tried: Sequence[float], options: argparse.Namespace
+) -> list[Run]:
+    """Select once, then train and score at each rate."""
+    seed, variant = wanted["seed"], wanted["variant"]
     tokenizer = load_tokenizer(packaged_minilm())
-    task = Task.from_parquet(
-        Path(options.data_dir, run["task"]), options.train + HELD_OUT, REPORTED
-    )
-    rows = task.tokens("train", tokenizer)
-    train_rows = rows.select(range(len(rows) - HELD_OUT))
-    held_out = rows.select(range(len(rows) - HELD_OUT, len(rows)))
     collate = DataCollatorWithPadding(tokenizer)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        packaged_minilm(), num_labels=task.num_labels
-    )
-    config = IRDConfig(
-        task_type="SEQ_CLS",
-        seed=run["seed"],
-        **{**BASE, **VARIANTS[run["variant"]]},
-    )
-    start = time.perf_counter()
+    task = drawn(Path(options.data_dir, wanted["task"]), options.train, seed)
+    rows = task.tokens("train", tokenizer)
+    evaluation = task.tokens("evaluation", tokenizer)
+    train_rows = rows.select(range(options.train))
+    held_out = rows.select(range(options.train, len(rows)))
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(
+            packaged_minilm(), num_labels=task.num_labels
+        )
+
+    settings = {"task_type": "SEQ_CLS", "seed": seed, **BASE, **VARIANTS[variant]}
     calibration = Calibration(train_rows, collate)
-    selection = select_parameters(model, config, calibration)
+    start = time.perf_counter()
+    selection = select_parameters(fresh(), IRDConfig(**settings), calibration)
     seconds = time.perf_counter() - start
-    config.selection = selection
-    model = get_peft_model(model, config)
-    fit(model, train_rows, collate, run, options.epochs)
-    return {
-        "held_out": score(model, held_out, collate, task),
-        "score": score(model, task.tokens("evaluation", tokenizer), collate, task),
-        "metric": task.metric,
-        "selection_seconds": seconds,
-        "pooler": pooler_share(selection),
-        "kinds": {k: place.share for k, place in selection.places("kind").items()},
-    }
+    runs = []
+    for rate in tried:
+        config = IRDConfig(**settings, selection=selection)
+        model = get_peft_model(fresh(), config)
+        run = {**wanted, "rate": rate}
+        fit(model, train_rows, collate, run, options.epochs)
+        runs.append(
+            {
+                **run,
+                "held_out": score(model, held_out, collate, task),
+                "score": score(model, evaluation, collate, task),
+                "metric": task.metric,
+                "selection_seconds": seconds,
+                "pooler": pooler_share(selection),
+                "kinds": {k: p.share for k, p in selection.places("kind").items()},
+            }
+        )
+    return runs
+
+
+def drawn(folder: Path, size: int, seed: int) -> Task:
+    """Read a task; the seed draws its training sentences, then those held out."""
+    task = Task.from_parquet(folder, sys.maxsize, REPORTED)
+    rows = task.train.shuffle(seed=seed).select(range(size + HELD_OUT))
+    return replace(task, train=rows)
 
 
 def fit(
     model: nn.Module, rows: Any, collate: Any, run: Run, epochs: int, size: int = 32
 ) -> None:
-    """Train with AdamW and a rate that falls to zero; sentences sorted into batches."""
+    """Train with AdamW and a rate that falls to zero; like lengths share a batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run["rate"], weight_decay=0.0)
     generator = torch.Generator().manual_seed(run["seed"])
@@ -162,14 +215,23 @@ def fit(
     samples = list(rows)
     model.train()
     for _ in range(epochs):
-        order = torch.randperm(len(samples), generator=generator).tolist()
-        for start in range(0, len(order) - size + 1, size):
-            batch = collate([samples[i] for i in order[start : start + size]])
-            model(**batch).loss.backward()
+        for batch in batches(samples, size, generator):
+            model(**collate(batch)).loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+
+
+def batches(
+    samples: Sequence[Run], size: int, generator: torch.Generator
+) -> Iterator[list[Run]]:
+    """Yield full batches of like lengths, drawn and ordered by chance."""
+    count = len(samples) // size
+    order = torch.randperm(len(samples), generator=generator).tolist()[: count * size]
+    order.sort(key=lambda i: len(samples[i]["input_ids"]))
+    for n in torch.randperm(count, generator=generator).tolist():
+        yield [samples[i] for i in order[n * size : (n + 1) * size]]
 
 
 @torch.no_grad()
@@ -204,28 +266,35 @@ def table(results: dict[str, Any]) -> str:
     tuned = {name: tuned_runs(results["runs"], name) for name in VARIANTS}
     base = {(run["task"], run["seed"]): run["score"] for run in tuned["IRD"]}
     lines = [
-        "| | seeds | score | against IRD | rate | in the pooler | seconds to select |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | seeds | score | against IRD | p | rate | in the pooler | "
+        "seconds to select |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, runs in tuned.items():
         if not runs:
             continue
         scores = [100 * run["score"] for run in runs]
-        rates = ", ".join(f"{rate:g}" for rate in sorted({run["rate"] for run in runs}))
+        pairs = differences(runs, base)
+        chosen = ", ".join(f"{r:g}" for r in sorted({run["rate"] for run in runs}))
         pooler = statistics.mean(run["pooler"] for run in runs)
         seconds = statistics.median(run["selection_seconds"] for run in runs)
         lines.append(
-            f"| {name} | {len(runs)} | {spread(scores)} | {difference(runs, base)} | "
-            f"{rates} | {pooler:.0%} | {seconds:.1f} |"
+            f"| {name} | {len(runs)} | {spread(scores)} | {mean_and_error(pairs)} | "
+            f"{chance(pairs)} | {chosen} | {pooler:.0%} | {seconds:.1f} |"
         )
     settings = results["settings"]
     tasks = ", ".join(sorted({run["task"] for run in results["runs"]}))
+    threads = settings["threads"]
     note = (
-        f"MiniLM, {tasks}, {settings['train']:,} training sentences, "
-        f"{settings['epochs']} epochs, {settings['density']:.1%} of the linear layers, "
-        "mean ± standard deviation; differences are paired over seeds. Where a row "
-        f"has tried several rates, {HELD_OUT} held-out training sentences chose. "
-        "One thread, beside other work, so that seconds are rough."
+        f"MiniLM, {tasks}, {settings['train']:,} training sentences drawn anew by each "
+        f"seed, {settings['epochs']} epochs, {settings['density']:.1%} of the linear "
+        f"layers; {settings['reported']} validation sentences are scored. Mean ± "
+        "standard deviation; differences to IRD are paired over seeds, p is that of "
+        "their exact two-sided sign-flip test. Of two rates for each row, "
+        f"{settings['held_out']} held-out training sentences of the first "
+        f"{settings['tuning_seeds']} seeds chose. "
+        f"{threads} thread{'s'[: threads > 1]}, beside other work, so that seconds are "
+        "rough."
     )
     return "\n".join([*lines, "", note, ""])
 
@@ -235,31 +304,42 @@ def tuned_runs(runs: Sequence[Run], variant: str) -> list[Run]:
     mine = [run for run in runs if run["variant"] == variant]
     chosen: list[Run] = []
     for task in dict.fromkeys(run["task"] for run in mine):
-        by_rate: dict[float, list[Run]] = {}
-        for run in mine:
-            if run["task"] == task:
-                by_rate.setdefault(run["rate"], []).append(run)
-        most = max(map(len, by_rate.values()))
-        complete = [each for each in by_rate.values() if len(each) == most]
-        chosen += max(
-            complete, key=lambda each: statistics.mean(run["held_out"] for run in each)
-        )
+        here = [run for run in mine if run["task"] == task]
+        rate = best_rate(here)
+        chosen += [run for run in here if run["rate"] == rate]
     return chosen
 
 
-def difference(runs: Sequence[Run], base: dict[tuple[str, int], float]) -> str:
-    """Return the mean paired difference and its standard error."""
+def differences(runs: Sequence[Run], base: dict[tuple[str, int], float]) -> list[float]:
+    """Return the differences to IRD in points, paired; none for IRD itself."""
     pairs = [
         100 * (run["score"] - base[run["task"], run["seed"]])
         for run in runs
         if (run["task"], run["seed"]) in base
     ]
-    if not pairs or not any(pairs):
+    return pairs if any(pairs) else []
+
+
+def mean_and_error(pairs: Sequence[float]) -> str:
+    """Return the mean and its standard error."""
+    if not pairs:
         return ""
     mean = f"{statistics.mean(pairs):+.1f}"
     if len(pairs) == 1:
         return mean
     return f"{mean} (s.e. {statistics.stdev(pairs) / len(pairs) ** 0.5:.1f})"
+
+
+def chance(pairs: Sequence[float]) -> str:
+    """Return how often random signs give a mean as far from zero."""
+    if not pairs:
+        return ""
+    reached = abs(sum(pairs)) - 1e-9
+    sums = [
+        abs(sum(sign * pair for sign, pair in zip(signs, pairs, strict=True)))
+        for signs in itertools.product((-1, 1), repeat=len(pairs))
+    ]
+    return f"{sum(each >= reached for each in sums) / len(sums):.3f}"
 
 
 def spread(values: Sequence[float]) -> str:

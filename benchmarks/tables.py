@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import option_study
 import selection_speed
 import selection_stairs
 import step_table
@@ -146,11 +145,6 @@ def topk_rows(results: Run, columns: int) -> list[str]:
     return found
 
 
-def options_table() -> str:
-    """Return what options of the selection are worth on real data."""
-    return option_study.table(read("option-study"))
-
-
 def step_table_or_none() -> str:
     """Return what a training step costs, or that nobody has measured it."""
     if not (RESULTS / "step.json").exists():
@@ -161,7 +155,6 @@ def step_table_or_none() -> str:
 TABLES = {
     "quickstart": quickstart_table,
     "selection": selection_table,
-    "options": options_table,
     "step": step_table_or_none,
 }
 
