@@ -4,19 +4,20 @@ While a `Capture` is on, every use of a chosen parameter by a known function (li
 layers, embeddings, norms, products and sums with broadcasting) is replaced by one that
 keeps what the gradient of each sample needs, and every mean over the batch that a loss
 takes becomes the sum of the samples' own means. No module is changed, and no weight
-gradient is formed. Uses by other functions give nothing; the caller finds these
-parameters by comparison with one sample at a time.
+gradient is formed. Uses by other functions are left alone and hand nothing out; the
+recorder notes these parameters as refused. They are taken one sample at a time from
+then on, and a pass in which the first of them turns up starts again (`Engine.run`).
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from peft_ird.selection.gradients.losses import LOSSES
-from peft_ird.selection.gradients.recorder import Observer, Recorder
+from peft_ird.selection.gradients.recorder import Recorder
 from peft_ird.selection.gradients.substitutes import SUBSTITUTES
 
 __all__ = ["Capture"]
@@ -25,45 +26,16 @@ _HANDLERS = {**SUBSTITUTES, **LOSSES}
 
 
 class Capture(TorchFunctionMode):
-    """Hands out per-sample gradients of chosen parameters during one backward pass.
+    """Has chosen parameters leave per-sample gradients during one backward pass.
 
     Args:
-        parameters: The parameters by number; none of them requires a gradient.
-        size: Number of samples in the batch.
-        widths: Rows that a sample may have where a batch is flattened.
-        device: The model's device.
-        observe: Called with a parameter's number and its gradients as soon as the
-            backward pass is through with the parameter.
-        scale: Factor on the loss that keeps low-precision gradients from underflow;
-            what is handed out is free of it.
+        recorder: What gathers them; it also has the samples' losses, and notes what was
+            used in a way that hands nothing out.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[int, nn.Parameter],
-        size: int,
-        widths: Collection[int],
-        device: torch.device,
-        observe: Observer,
-        scale: float = 1.0,
-    ) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self._recorder = Recorder(parameters, size, widths, device, observe, scale)
-
-    @property
-    def losses(self) -> list[Tensor]:
-        """The samples' losses, ``[n]``, one tensor for each mean that was replaced."""
-        return self._recorder.losses
-
-    @property
-    def refused(self) -> set[int]:
-        """Parameters that were used in a way that hands nothing out."""
-        return self._recorder.refused
-
-    @property
-    def mixes_losses(self) -> bool:
-        """Whether a mean over the batch was taken that has no rows of each sample."""
-        return self._recorder.mixes_losses
+        self._recorder = recorder
 
     def __torch_function__(
         self,

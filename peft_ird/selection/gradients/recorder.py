@@ -45,9 +45,9 @@ class Recorder:
         self.size = size
         self.widths = {1, *widths}
         self.picked = Picked(size)
-        self.refused: set[int] = set()  # parameters that were used in another way
-        self.mixes_losses = False  # whether a mean could not be divided by sample
-        self.losses: list[Tensor] = []
+        self.refused: set[int] = set()  # used in a way that hands nothing out
+        self.mixes_losses = False  # whether a mean had no rows of each sample
+        self.losses: list[Tensor] = []  # ``[n]`` for each mean that was replaced
         self._numbers = {id(p): i for i, p in parameters.items()}
         self._observe = observe
         self.scale = scale

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peft_ird.selection.gradients.batching import Sample, stack, widths
 from peft_ird.selection.gradients.capture import Capture
-from peft_ird.selection.gradients.recorder import Observer
+from peft_ird.selection.gradients.recorder import Observer, Recorder
 from peft_ird.selection.gradients.singles import Singles
 
 __all__ = ["Passed", "Together", "size_of"]
@@ -63,20 +63,21 @@ class Together:
         config: Any = getattr(model, "config", None)
         pad_token = getattr(config, "pad_token_id", None) or 0
         inputs = stack(batch, pad_token, next(model.parameters()).device)
-        with Capture(
+        recorder = Recorder(
             parameters, size, widths(inputs), pool.device, observe, self.singles.scale
-        ) as capture:
+        )
+        with Capture(recorder) as capture:
             loss = torch.as_tensor(self.singles.calibration.batch_loss(model, inputs))
             is_by_sample = loss.numel() == size
             losses = loss.detach().flatten() if is_by_sample else None
-            if capture.losses and not is_by_sample:
-                losses = torch.stack(capture.losses).sum(0)
+            if recorder.losses and not is_by_sample:
+                losses = torch.stack(recorder.losses).sum(0)
             loss = loss.sum()
             if not bool(loss.isfinite()):
                 raise FloatingPointError("the loss is not finite")
             if parts and loss.requires_grad:
                 capture.backward(loss)
-        misfits = set(parts) if capture.mixes_losses else capture.refused
+        misfits = set(parts) if recorder.mixes_losses else recorder.refused
         return Passed(loss, losses, frozenset(misfits))
 
 
