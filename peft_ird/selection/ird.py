@@ -31,7 +31,7 @@ from peft_ird.selection.topk import top_k
 if sys.platform != "win32":
     import resource
 
-__all__ = ["Step", "select", "walk"]
+__all__ = ["select"]
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,31 @@ def select(
         ValueError: If there is no data or too little, or a budget or schedule that the
             pool cannot meet.
     """
-    steps: list[Step] = []
-    with own_randomness(settings.seed):
-        steps += walk(model, pool, calibration, settings, head, memory_limit)
+    with own_randomness(settings.seed), ExitStack() as stack:
+        if settings.method not in NEEDS_DATA:
+            return _result(pool, settings, [_choose_without_data(pool, settings)])
+        k = entry_count(len(pool), len(pool), settings)
+        if calibration is None:
+            raise ValueError(
+                f"method='{settings.method}' ranks entries on data and needs "
+                "`calibration=Calibration(train_dataset, collate_fn)`. Or choose a "
+                "method without data: 'magnitude', 'random' or 'bias'."
+            )
+        cells = planned_cells(len(pool), len(calibration), k, settings)
+        samples = drawn_samples(len(calibration), cells[0].num_samples, settings)
+        stack.enter_context(borrowed(model))
+        estimator = FisherEstimator(
+            model, pool, calibration, settings.fisher, settings.seed, memory_limit
+        )
+        if steps := settings.head_warmup_steps:
+            rate = settings.head_warmup_learning_rate
+            stack.enter_context(estimator.head_warmed_up(head, samples, steps, rate))
+        decrease = Decrease(estimator, settings, samples)
+        return _result(pool, settings, list(decrease.steps(cells, k)))
+
+
+def _result(pool: Pool, settings: Settings, steps: Sequence[Step]) -> Selection:
+    """Return what the last step keeps, and how all of them went."""
     last = steps[-1]
     indices = pool.indices(last.entries.positions)
     shapes = {
@@ -100,49 +122,6 @@ def select(
     )
 
 
-def walk(
-    model: nn.Module,
-    pool: Pool,
-    calibration: Calibration | None,
-    settings: Settings,
-    head: Sequence[nn.Parameter] = (),
-    memory_limit: int | None = None,
-) -> Iterator[Step]:
-    """Yield what is kept at each cell, from the first to the one asked for.
-
-    Takes the arguments of `select` and raises what it raises.
-    """
-    if settings.method not in NEEDS_DATA:
-        yield _choose_without_data(pool, settings)
-        return
-    k = entry_count(len(pool), len(pool), settings)
-    if calibration is None:
-        raise ValueError(
-            f"method='{settings.method}' ranks entries on data and needs "
-            "`calibration=Calibration(train_dataset, collate_fn)`. Or choose a method "
-            "without data: 'magnitude', 'random' or 'bias'."
-        )
-    cells = planned_cells(len(pool), len(calibration), k, settings)
-    samples = drawn_samples(len(calibration), cells[0].num_samples, settings)
-    counts = [*(rounded(len(pool), cell.density) for cell in cells[:-1]), k]
-    with ExitStack() as stack:
-        stack.enter_context(borrowed(model))
-        estimator = FisherEstimator(
-            model, pool, calibration, settings.fisher, settings.seed, memory_limit
-        )
-        if settings.head_warmup_steps:
-            steps, rate = (
-                settings.head_warmup_steps,
-                settings.head_warmup_learning_rate,
-            )
-            stack.enter_context(estimator.head_warmed_up(head, samples, steps, rate))
-        decrease = Decrease(estimator, settings, samples)
-        if settings.method == "gradient":
-            yield decrease.by_gradient(cells[0], k)
-        else:
-            yield from decrease.steps(cells, counts)
-
-
 class Decrease:
     """The range decreasing: what is kept now, and how it becomes less.
 
@@ -165,21 +144,26 @@ class Decrease:
         self.sample_scores = torch.empty(0, dtype=torch.float64)
         self.entries: Entries | None = None
 
-    def steps(self, cells: Sequence[Cell], counts: Sequence[int]) -> Iterator[Step]:
+    def steps(self, cells: Sequence[Cell], count: int) -> Iterator[Step]:
         """Yield what is kept at each cell.
 
         Args:
             cells: The cells.
-            counts: The number of entries at each of them.
+            count: The number of entries at the last one.
         """
-        for number, (cell, count) in enumerate(zip(cells, counts, strict=True)):
+        if self.settings.method == "gradient":
+            yield self._by_gradient(cells[0], count)
+            return
+        candidates = len(self.estimator.pool)
+        counts = [*(rounded(candidates, cell.density) for cell in cells[:-1]), count]
+        for number, (cell, wanted) in enumerate(zip(cells, counts, strict=True)):
             start = time.perf_counter()
             has_fewer_samples = cell.num_samples < len(self.samples)
             if has_fewer_samples:
                 self._drop_samples(cell.num_samples)
             if number == 0 and len(cells) > 1:
                 self.estimator.remember(self.samples)
-            self._rank_entries(count, has_fewer_samples)
+            self._rank_entries(wanted, has_fewer_samples)
             assert self.entries is not None
             seconds = time.perf_counter() - start
             yield Step(
@@ -187,13 +171,8 @@ class Decrease:
                 _peak_bytes(self.entries.pool.device),
             )  # fmt: skip
 
-    def by_gradient(self, cell: Cell, count: int) -> Step:
-        """Return the entries with the largest mean gradient.
-
-        Args:
-            cell: The only cell.
-            count: The number of entries.
-        """
+    def _by_gradient(self, cell: Cell, count: int) -> Step:
+        """Return the entries with the largest mean gradient."""
         start = time.perf_counter()
         if cell.num_samples < len(self.samples):
             self._drop_samples(cell.num_samples)

@@ -6,7 +6,7 @@ keeps what the gradient of each sample needs, and every mean over the batch that
 takes becomes the sum of the samples' own means. No module is changed, and no weight
 gradient is formed. Uses by other functions are left alone and hand nothing out; the
 recorder notes these parameters as refused. They are taken one sample at a time from
-then on, and a pass in which the first of them turns up starts again (`Engine.run`).
+then on, and a pass that meets them for the first time starts again (`Engine.run`).
 """
 
 from collections.abc import Iterable, Mapping
