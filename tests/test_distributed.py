@@ -21,6 +21,14 @@ OPTIONS = {
     "warm": {"head_warmup_steps": 2, "scope": "balanced", "sample_scaling": "loss"},
     "pooled": {"num_ranked_samples": 17, "num_samples": 6, "trim_samples": 0.2},
 }
+DIFFERING = (
+    "seed",
+    "scope",
+    "candidate parameters",
+    "batch_size",
+    "number of samples",
+    "samples in the same order",
+)
 
 
 def facts(selection):
@@ -69,10 +77,32 @@ def errors(rank):
     config = IRDConfig(task_type="SEQ_CLS", density=0.1, num_samples=12)
     with pytest.raises(ValueError, match="loss of calibration sample") as caught:
         select_parameters(make_model("bert"), config, data)
-    other = IRDConfig(task_type="SEQ_CLS", density=0.1, num_samples=12, seed=rank)
-    with pytest.raises(ValueError, match="same seed") as unequal:
-        select_parameters(make_model("bert"), other, make_samples("bert", 12))
-    return str(caught.value), str(unequal.value)
+    return str(caught.value)
+
+
+def differences(rank):
+    """What a process says where it was asked for something else than the first."""
+    settings = {"task_type": "SEQ_CLS", "density": 0.1, "num_samples": 12}
+    samples = make_samples("bert", 12)
+    reordered = samples[::-1] if rank else samples
+    modules = ["key", "value"] if rank else ["query", "value"]
+    return [
+        difference(IRDConfig(**settings, **options), data)
+        for options, data in [
+            ({"seed": rank}, samples),
+            ({"scope": "balanced" if rank else "global"}, samples),
+            ({"target_modules": modules}, samples),
+            ({}, Calibration(samples, batch_size=1 + rank)),
+            ({}, make_samples("bert", 13 if rank else 12)),
+            ({}, reordered),
+        ]
+    ]
+
+
+def difference(config, data):
+    with pytest.raises(ValueError, match="must select with the same") as caught:
+        select_parameters(make_model("bert"), config, data)
+    return str(caught.value)
 
 
 def overflowing():
@@ -91,7 +121,9 @@ def work(rank, size, port, queue):
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
     try:
-        queue.put((rank, (selections(), errors(rank), overflowing())))
+        queue.put(
+            (rank, (selections(), errors(rank), differences(rank), overflowing()))
+        )
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -125,11 +157,12 @@ def alone():
 def test_every_process_selects_what_one_does_and_hears_of_errors(size, alone):
     everything = in_processes(size)
     first = everything[0]
-    for found, (caught, unequal), in_half in everything.values():
-        assert in_half == first[2]
+    for found, caught, unequal, in_half in everything.values():
+        assert in_half == first[3]
         assert found == alone
         assert "calibration sample" in caught
-        assert "rank 0 has 0" in unequal
+        for message, fact in zip(unequal, DIFFERING, strict=True):
+            assert f"the same {fact}, but rank" in message
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

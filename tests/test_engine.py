@@ -1163,7 +1163,8 @@ class TestBadSamples:
         model = net(linear()).float()
         config = IRDConfig(density=0.1, num_samples=12, method="fish")
         calibration = Calibration(samples, loss=per_sample_tampered_loss)
-        with pytest.raises(ValueError, match="when they are squared and summed"):
+        message = "squared and summed, in torch.float32 with the loss times 1"
+        with pytest.raises(ValueError, match=message):
             select_parameters(model, config, calibration)
 
     @pytest.mark.parametrize("bad", [0, 7])

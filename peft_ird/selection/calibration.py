@@ -1,5 +1,6 @@
 """The calibration data: single samples of whatever the user trains on."""
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, default_collate
 
+from peft_ird.selection.randomness import own_randomness
+
 __all__ = ["Calibration"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _LABELS = ("labels", "label", "label_ids")
+_LOOKED_AT = 16  # samples that a fingerprint is taken of
 
 
 class Calibration:
@@ -97,6 +101,23 @@ class Calibration:
                 f"labels, or pass Calibration(..., loss=...); got {fields}."
             )
         return loss  # type: ignore[no-any-return]
+
+    def digest(self) -> str:
+        """Return a fingerprint of some samples, spread over the data, in order.
+
+        Only numbers, texts and tensors count; other objects need not be the same in
+        another process.
+        """
+        rows = self._rows()
+        content = hashlib.sha256()
+        for position in range(0, len(rows), max(1, len(rows) // _LOOKED_AT)):
+            with own_randomness(position):
+                row = rows[position]
+            for leaf in tree_leaves(row):
+                value = leaf.tolist() if isinstance(leaf, Tensor) else leaf
+                is_plain = isinstance(value, list | int | float | str)
+                content.update(repr(value if is_plain else type(value)).encode())
+        return content.hexdigest()
 
     def _rows(self) -> Sequence[Any]:
         if self._samples is None:

@@ -76,14 +76,6 @@ class FisherEstimator:
         self._groups = pool.groups(limits.accumulator_bytes, ACCUMULATOR_BYTES)
         singles = Singles(model, pool, calibration, fisher_type, seed)
         self._engine = Engine(singles, self._ranks, limits)
-        self._ranks.agree(
-            {
-                "number of samples": len(calibration),
-                "candidates": len(pool),
-                "seed": seed,
-                "memory limit": memory_limit,
-            }
-        )
         if any(p.dtype == torch.float16 for p in pool.parameters):
             self._engine.singles.scale = _HALF_SCALE
 
@@ -271,7 +263,8 @@ class FisherEstimator:
         unused = [self.pool.name(part) for part in parts if part not in everywhere]
         if len(unused) == len(self.pool.sizes):
             raise ValueError(
-                "The loss does not depend on any of the targeted parameters. Check "
+                f"The loss does not depend on any of the {len(unused)} targeted "
+                f"parameters, from '{unused[0]}' to '{unused[-1]}'. Check "
                 "`target_modules` and the loss."
             )
         if unused:

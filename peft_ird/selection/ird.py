@@ -1,11 +1,14 @@
 """Iterative Range Decreasing: samples and entries shrink in turn (Algorithm 1)."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from peft_ird.selection.criteria import NEEDS_DATA, data_free_scores
 from peft_ird.selection.entries import Entries
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
+from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.pool import Pool
 from peft_ird.selection.randomness import own_randomness
 from peft_ird.selection.schedule import Cell
@@ -81,6 +85,7 @@ def select(
                 "`calibration=Calibration(train_dataset, collate_fn)`. Or choose a "
                 "method without data: 'magnitude', 'random' or 'bias'."
             )
+        Ranks().agree(partial(_facts, pool, calibration, settings, memory_limit))
         cells = planned_cells(len(pool), len(calibration), k, settings)
         samples = drawn_samples(len(calibration), cells[0].num_samples, settings)
         stack.enter_context(borrowed(model))
@@ -92,6 +97,27 @@ def select(
             stack.enter_context(estimator.head_warmed_up(head, samples, steps, rate))
         decrease = Decrease(estimator, settings, samples)
         return _result(pool, settings, list(decrease.steps(cells, k)))
+
+
+def _facts(
+    pool: Pool,
+    calibration: Calibration,
+    settings: Settings,
+    memory_limit: int | None,
+) -> dict[str, Any]:
+    """Return what all processes must have alike, by name."""
+    parameters = [
+        (pool.name(i), tuple(p.shape), p.dtype) for i, p in enumerate(pool.parameters)
+    ]
+    return {
+        **{name: getattr(settings, name) for name in Settings.__annotations__},
+        "memory_limit": memory_limit,
+        "batch_size": calibration.batch_size,
+        "number of samples": len(calibration),
+        "samples in the same order": calibration.digest(),
+        "number of candidates": len(pool),
+        "candidate parameters": hashlib.sha256(repr(parameters).encode()).hexdigest(),
+    }
 
 
 def _result(pool: Pool, settings: Settings, steps: Sequence[Step]) -> Selection:

@@ -227,10 +227,12 @@ class Engine:
         for position in samples:
             for group in self._groups(parts):
                 self.singles.gradients(position, group)
+        dtypes = {str(self._pool.parameters[part].dtype) for part in parts}
         raise ValueError(
-            "The gradients of the calibration samples are not finite when they are "
-            "squared and summed. Load the model in float32, or look for samples with "
-            "an enormous loss."
+            f"The gradients of the {len(samples)} calibration samples are finite but "
+            "not when they are squared and summed, in "
+            f"{', '.join(sorted(dtypes))} with the loss times {self.singles.scale:g}. "
+            "Load the model in float32, or look for samples with an enormous loss."
         )
 
     def _share(self, work: Sequence[T]) -> list[T]:

@@ -1,6 +1,6 @@
 """The processes that share a selection, or the only one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -68,15 +68,18 @@ class Ranks:
         dist.all_gather_object(everything, thing)
         return everything
 
-    def agree(self, facts: dict[str, Any]) -> None:
+    def agree(self, make: Callable[[], dict[str, Any]]) -> None:
         """Check that all processes were asked for the same.
 
         Args:
-            facts: What must be equal, by name.
+            make: Returns what must be equal, by name; not called in an only process.
 
         Raises:
-            ValueError: If they differ; the facts that do are named.
+            ValueError: If they differ; the first fact that does is named.
         """
+        if self.size == 1:
+            return
+        facts = make()
         for rank, others in enumerate(self.gather(facts)):
             for name, value in facts.items():
                 if others[name] != value:
