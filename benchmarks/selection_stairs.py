@@ -6,8 +6,6 @@ python benchmarks/selection_stairs.py --shapes tiny --repeats 1
 
 import argparse
 import hashlib
-import multiprocessing
-import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import in_processes
 from record import RESULTS, git_state, machine, versions, write
 from selection_speed import SHAPES, build, candidates, draw
 
@@ -112,7 +111,7 @@ def processes(shape: str, repeats: int, seed: int) -> list[Record]:
     """Let 1, 2 and 4 processes of one thread select the same; compare what they do."""
     found = []
     for size in WORLD:
-        by_rank = in_processes(size, shape, repeats, seed)
+        by_rank = in_processes(size, work, shape, repeats, seed)
         found.append(
             {
                 "processes": size,
@@ -124,34 +123,9 @@ def processes(shape: str, repeats: int, seed: int) -> list[Record]:
     return found
 
 
-def in_processes(size: int, shape: str, repeats: int, seed: int) -> list[Record]:
-    """Run `work` in several new processes and return what each of them found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    started = [
-        context.Process(
-            target=work, args=(rank, size, port, shape, repeats, seed, queue)
-        )
-        for rank in range(size)
-    ]
-    for process in started:
-        process.start()
-    found = [queue.get() for _ in started]
-    for process in started:
-        process.join()
-    return found
-
-
-def work(
-    rank: int, size: int, port: int, shape: str, repeats: int, seed: int, queue: Any
-) -> None:
-    """Select by the paper's staircase with one thread and report the median time."""
+def work(shape: str, repeats: int, seed: int) -> Record:
+    """Select by the paper's staircase with one thread and return the median time."""
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
     model = build(shape, seed)
     samples = draw(model, "mixed", SAMPLES, seed)
     seconds = []
@@ -160,9 +134,7 @@ def work(
         start = time.perf_counter()
         selection = select_parameters(model, paper(seed), Calibration(samples))
         seconds.append(time.perf_counter() - start)
-    queue.put({"seconds": median(seconds), "digest": digest(selection)})
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"seconds": median(seconds), "digest": digest(selection)}
 
 
 def digest(selection: Selection) -> str:

@@ -1,7 +1,7 @@
 """Several processes select what one does."""
 
-import multiprocessing
-import socket
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from peft_ird import Calibration, IRDConfig, select_parameters
 from peft_ird.selection.gradients.ranks import Ranks
 from tests.conftest import make_model, make_samples, task_type
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SETTINGS = {
     "ird": {"density": 0.01, "num_samples": 13, "initial_density": 0.1},
     "reverse_ird": {"density": 0.01, "num_samples": 13, "initial_density": 0.1},
@@ -117,35 +118,15 @@ def overflowing():
     return facts(selection)
 
 
-def work(rank, size, port, queue):
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
-    try:
-        queue.put(
-            (rank, (selections(), errors(rank), differences(rank), overflowing()))
-        )
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def work():
+    rank = dist.get_rank()
+    return selections(), errors(rank), differences(rank), overflowing()
 
 
-def in_processes(size):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [
-        context.Process(target=work, args=(rank, size, port, queue), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    found = dict(queue.get(timeout=200) for _ in processes)
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    return found
+@pytest.fixture
+def in_processes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("processes").in_processes
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +135,12 @@ def alone():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_every_process_selects_what_one_does_and_hears_of_errors(size, alone):
-    everything = in_processes(size)
+def test_every_process_selects_what_one_does_and_hears_of_errors(
+    size, alone, in_processes
+):
+    everything = in_processes(size, work)
     first = everything[0]
-    for found, caught, unequal, in_half in everything.values():
+    for found, caught, unequal, in_half in everything:
         assert in_half == first[3]
         assert found == alone
         assert "calibration sample" in caught
