@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import option_study
 import selection_speed
 import selection_stairs
 import step_table
@@ -152,10 +153,16 @@ def step_table_or_none() -> str:
     return step_table.table(read("step"))
 
 
+def options_table() -> str:
+    """Return what options of the selection are worth on real data."""
+    return option_study.table(read("option-study"))
+
+
 TABLES = {
     "quickstart": quickstart_table,
     "selection": selection_table,
     "step": step_table_or_none,
+    "options": options_table,
 }
 
 
