@@ -11,13 +11,13 @@ from functools import cache
 
 import torch
 
-from peft_ird.sparse.products import METHODS
+from peft_ird.sparse.products import METHODS, by_block, by_sampling
 
 __all__ = ["Costs", "calibrated", "cheapest"]
 
 # Blocks below this are computed faster than anything could be decided about them.
 _SMALL = 1 << 14
-_TOKENS, _SIDE, _SHARE = 512, 768, 200  # of the products that are timed
+_TOKENS, _SIDE, _EVERY = 512, 768, 50  # of the products that are timed
 _REPEATS = 5
 
 
@@ -63,9 +63,14 @@ def cheapest(
     return min(METHODS, key=lambda method: costs.of(method, block, k))
 
 
+_TYPICAL = Costs(sampled=2.0, moved=16.0)  # on two cores with MKL
+
+
 @cache
 def calibrated(device: torch.device, dtype: torch.dtype) -> Costs:
-    """Time the products once on a device; costs are rounded, as times are noisy.
+    """Time the products once on a device.
+
+    Times are noisy: what is far from typical is not believed, and costs are rounded.
 
     Args:
         device: The device.
@@ -75,21 +80,20 @@ def calibrated(device: torch.device, dtype: torch.dtype) -> Costs:
         torch.ones(_TOKENS, _SIDE, device=device, dtype=dtype) for _ in range(2)
     )
     area = _SIDE * _SIDE
-    few, many = (
-        torch.arange(0, area, step, device=device) for step in (_SHARE * 8, _SHARE)
-    )
+    places = torch.arange(0, area, _EVERY, device=device)
 
-    def timed(method: str, places: torch.Tensor) -> float:
-        return _seconds(lambda: METHODS[method](left, right, places), device)
+    def timed(run: Callable[[], object]) -> float:
+        return _seconds(run, device) / unit
 
+    unit = 1.0
+    unit = timed(lambda: by_block(left, right, places)) / area
     try:
-        unit = timed("block", many) / area
-        low, high = timed("sampled", few), timed("sampled", many)
+        sampling = timed(lambda: by_sampling(left, right, places))
     except RuntimeError:  # the type has no sampled product on this device
         return Costs(math.inf, math.inf)
-    each = max(0.0, (high - low) / (len(many) - len(few)))
-    moved = max(0.0, low - each * len(few)) / (2 * _SIDE)
-    return Costs(_rounded(each / unit), _rounded(moved / unit))
+    moved = timed(lambda: left.t().contiguous()) / _SIDE
+    sampled = (sampling - 2 * _SIDE * moved) / len(places)
+    return Costs(_near(_TYPICAL.sampled, sampled), _near(_TYPICAL.moved, moved))
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -104,6 +108,8 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return min(times[1:])
 
 
-def _rounded(cost: float) -> float:
-    """Round to a power of two, so that equal machines decide alike."""
-    return 2.0 ** round(math.log2(cost)) if cost > 0 else 0.0
+def _near(typical: float, cost: float) -> float:
+    """Return a cost as a power of two, and no more than eight times off what it is."""
+    most = 3
+    exponent = round(math.log2(max(cost, 1e-9) / typical))
+    return typical * 2.0 ** max(-most, min(most, exponent))
