@@ -131,3 +131,77 @@ def row_sums(ids: Tensor, grads: Tensor, rows: int) -> Tensor:
         for t, row in enumerate(sample):
             total[n, row] += grads[n, t].double()
     return total
+
+
+def coded_indices(indices: Sequence[int], numel: int) -> bytes:
+    """Write a bit at a time: all low bits, then the high part of each in unary.
+
+    Every split of the bits and a plain bit per position are tried; the shortest is
+    taken, and of equally short ones that with the fewest low bits.
+    """
+    if len(indices) in {0, numel}:
+        return b""
+    forms = ["".join("01"[i in set(indices)] for i in range(numel))]
+    if numel > 5000:  # the bitmap is never the shortest for the few indices of a test
+        forms = []
+    for low_bits in range((numel - 1).bit_length() + 1):
+        if (numel - 1) >> low_bits > 10_000:
+            continue  # nor is this one
+        low = "".join(
+            "01"[index >> bit & 1] for index in indices for bit in range(low_bits)
+        )
+        unary, at = "", 0
+        for index in indices:
+            unary += "0" * ((index >> low_bits) - at) + "1"
+            at = index >> low_bits
+        unary += "0" * (((numel - 1) >> low_bits) - at)
+        forms.append(low + (unary if (numel - 1) >> low_bits else ""))
+    return in_bytes(min(forms, key=len))
+
+
+def in_bytes(bits: str) -> bytes:
+    """Pack a string of 0 and 1, the first one lowest."""
+    return bytes(
+        sum((bit == "1") << place for place, bit in enumerate(bits[start : start + 8]))
+        for start in range(0, len(bits), 8)
+    )
+
+
+def decoded_module(
+    coded: bytes, numels: dict[str, int], counts: dict[str, int]
+) -> dict[str, list[int]]:
+    """Read a module's parameters, in alphabetical order, one bit at a time."""
+    bits = [byte >> place & 1 for byte in coded for place in range(8)]
+    found, start = {}, 0
+    for name in sorted(counts):
+        k, numel = counts[name], numels[name]
+        header = bits[start : start + 64]
+        assert sum(bit << place for place, bit in enumerate(header)) == numel
+        found[name], used = decoded_indices(bits[start + 64 :], k, numel)
+        start += 64 + used
+    assert start == len(bits)
+    return found
+
+
+def decoded_indices(bits: list[int], k: int, numel: int) -> tuple[list[int], int]:
+    """Return indices, and how many bits they took in whole bytes."""
+    if k in {0, numel}:
+        return list(range(k)), 0
+    splits = range((numel - 1).bit_length() + 1)
+    sizes = [(numel, -1)]
+    for low_bits in splits:
+        high = (numel - 1) >> low_bits
+        sizes.append((k * low_bits + (k + high if high else 0), low_bits))
+    size, low_bits = min(sizes)
+    used = 8 * math.ceil(size / 8)
+    if low_bits == -1:
+        return [i for i in range(numel) if bits[i]], used
+    indices, high, at = [], 0, k * low_bits
+    for i in range(k):
+        low = bits[i * low_bits : (i + 1) * low_bits]
+        while (numel - 1) >> low_bits and not bits[at]:
+            high, at = high + 1, at + 1
+        at += 1
+        low_part = sum(bit << place for place, bit in enumerate(low))
+        indices.append((high << low_bits) + low_part)
+    return indices, used
