@@ -13,17 +13,18 @@ from peft_ird.selection.criteria import METHODS, NEEDS_DATA
 from peft_ird.selection.entries import SCOPES
 from peft_ird.selection.schedule import check_schedule
 from peft_ird.selection.selection import Selection
-from peft_ird.sparse.storage import check_adapter_file
+from peft_ird.sparse.storage import FORMAT, Entries, read_adapter_file
 
 __all__ = ["IRDConfig"]
 
-_RUNTIME_ONLY = ("calibration", "selection", "memory_limit")
+_RUNTIME_ONLY = ("calibration", "selection", "memory_limit", "ignore_base_mismatch")
 _CHOICES = {
     "method": METHODS,
     "sample_score": ("selected", "all"),
     "fisher": ("empirical", "sampled"),
     "sample_scaling": ("none", "length", "loss"),
     "scope": SCOPES,
+    "save_dtype": (None, "float32", "bfloat16"),
 }
 
 
@@ -173,6 +174,30 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         None,
         "Shapes of these parameters; written by the selection.",
     )
+    save_dtype: str | None = option(
+        None,
+        "Type of the values in the file: 'float32', or 'bfloat16' for a third less "
+        "space. Default: the type that they are trained in, float32 unless "
+        "`autocast_adapter_dtype` was off.",
+    )
+    format_version: int | None = option(
+        None,
+        "Version of the file's format; written when the adapter is saved.",
+    )
+    provenance: dict[str, Any] | None = option(
+        None,
+        "How the entries were chosen and by which versions; written by the selection.",
+    )
+    fingerprint: dict[str, dict[str, str]] | None = option(
+        None,
+        "Hashes of the base weights at the entries, per module and type that they are "
+        "rounded to; written when the adapter is saved.",
+    )
+    ignore_base_mismatch: bool = option(
+        False,
+        "Load the adapter onto base weights with other fingerprints, too. Kept at run "
+        "time only.",
+    )
     calibration: Any = option(
         None,
         "Data for the methods that need it. Kept at run time only.",
@@ -192,6 +217,8 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
             self.calibration = Calibration.of(self.calibration)
         # A pattern that came with the arguments describes weights still to be loaded.
         self._describes_file = self.nnz_pattern is not None
+        self._entries: Entries | None = None  # of the file, until they are injected
+        self._check_format()
         self._check_choices()
         self._check_targets()
         self._check_size()
@@ -203,6 +230,13 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         cannot_select = self.needs_data and self.calibration is None
         to_load = self._describes_file or cannot_select
         return self.nnz_pattern is not None and self.selection is None and to_load
+
+    def _check_format(self) -> None:
+        if self.format_version is not None and self.format_version > FORMAT:
+            raise ValueError(
+                f"The adapter has `format_version` {self.format_version}; this version "
+                f"of peft_ird reads up to {FORMAT}. Upgrade peft_ird."
+            )
 
     def _check_choices(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -319,7 +353,9 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         if not isinstance(config, cls):  # PEFT returns the type that was saved
             return config
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        check_adapter_file(folder, config.nnz_pattern, config.shape_pattern)
+        config._entries = read_adapter_file(
+            folder, config.nnz_pattern, config.shape_pattern
+        )
         return config
 
     # Run-time objects are shared by copies, and left out of pickles.
@@ -337,4 +373,5 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **dict.fromkeys(_RUNTIME_ONLY)}
+        bare = {**dict.fromkeys(_RUNTIME_ONLY), "_entries": None}
+        return {**self.__dict__, **bare, "ignore_base_mismatch": False}

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from peft_ird.config import IRDConfig
 from peft_ird.kinds import wrap
@@ -76,10 +76,19 @@ def install(
         config.nnz_pattern[name],
         init_weights=config.init_weights,
         inference_mode=config.inference_mode,
+        numels=_numels(config, name),
+        fingerprint=None
+        if config.ignore_base_mismatch
+        else (config.fingerprint or {}).get(name),
     )
     if layer is not target:
         replace(model, target, layer)
     return layer
+
+
+def _numels(config: IRDConfig, name: str) -> dict[str, int]:
+    shapes = (config.shape_pattern or {}).get(name, {})
+    return {parameter: Size(shape).numel() for parameter, shape in shapes.items()}
 
 
 def _wrap_alike(model: nn.Module, target: nn.Module) -> IRDLayer:
@@ -152,6 +161,7 @@ def resize(
         if isinstance(layer, IRDLayer):
             layer.drop_entries(adapter_name)
     config.nnz_pattern, config.shape_pattern = counts, parameter_shapes(base, counts)
+    config.fingerprint = None
     for name in counts:
         target = base.get_submodule(name)
         layer = install(base, config, adapter_name, target, name)

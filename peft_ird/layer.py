@@ -7,20 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from peft_ird._registration import BufferDict
-from peft_ird.merging import Merging
-from peft_ird.sparse.delta import SparseDelta, check_indices, index_dtype
+from peft_ird.holding import Holding, device_of
+from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
-from peft_ird.sparse.support import Support
 from peft_ird.substitution import call_with_parameters
 
 __all__ = ["Deltas", "IRDLayer"]
 
-_UNLOADED = -1  # an index before the weights are loaded
 _OWN = {"base_layer", "_parameters", "_buffers", "_modules"}
 Deltas = Mapping[str, list[SparseDelta]]
 
 
-class IRDLayer(nn.Module, Merging):
+class IRDLayer(nn.Module, Holding):
     """A module whose parameters get sparse deltas; this kind serves any module.
 
     The deltas are added to the parameters for the call, in a shallow copy of the base
@@ -31,20 +29,20 @@ class IRDLayer(nn.Module, Merging):
     """
 
     adapter_layer_names = ("irdelta_values",)
-    other_param_names = ("irdelta_indices", "irdelta_originals")
+    other_param_names = ("irdelta_coded", "irdelta_indices", "irdelta_originals")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.irdelta_values: Any = nn.ModuleDict()  # adapter -> parameter -> values [k]
-        self.irdelta_indices: Any = (
-            nn.ModuleDict()
-        )  # adapter -> parameter -> indices [k]
+        self.irdelta_coded: Any = BufferDict(persistent=True)  # adapter -> uint8 code
+        self.irdelta_indices: Any = nn.ModuleDict()  # the same, adapter -> parameter
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
         self._disable_adapters = False
-        self._unchecked: set[str] = set()
-        self._supports: dict[str, dict[str, Support]] = {}  # of matrices
+        self._unchecked = set()
+        self._supports = {}
+        self._fingerprints = {}
         # Parameters that another layer owns too; that layer has the deltas.
         self._shared: dict[str, tuple[IRDLayer, str]] = {}
         self.in_features, self.out_features = self._features(self.get_base_layer())
@@ -66,6 +64,8 @@ class IRDLayer(nn.Module, Merging):
         counts: Mapping[str, int],
         init_weights: bool = True,
         inference_mode: bool = False,
+        numels: Mapping[str, int] | None = None,
+        fingerprint: Mapping[str, str] | None = None,
     ) -> None:
         """Give an adapter entries in this layer, in place of those that it had.
 
@@ -76,23 +76,21 @@ class IRDLayer(nn.Module, Merging):
             counts: Number of entries per parameter.
             init_weights: Whether the values start at zero (else random, for tests).
             inference_mode: Whether the values stay frozen.
+            numels: Entries of each parameter in the model that the adapter was saved
+                from. Default: those here.
+            fingerprint: What the base weights at loaded indices should hash to.
         """
         self._refuse_if_merged(adapter_name)
-        values, positions = nn.ParameterDict(), BufferDict(persistent=True)
+        values = nn.ParameterDict()
         for name, count in counts.items():
             weight = self._base_parameter(name)
             init = torch.zeros if init_weights or indices is None else torch.randn
-            values[name] = nn.Parameter(init(count).to(weight.device, weight.dtype))
-            positions[name] = (
-                torch.full((count,), _UNLOADED, dtype=index_dtype(weight.numel()))
-                if indices is None
-                else indices[name].clone()
-            ).to(weight.device)
+            values[name] = nn.Parameter(init(count).to(device_of(weight), weight.dtype))
         self.irdelta_values[adapter_name] = values
-        self.irdelta_indices[adapter_name] = positions
-        self._unchecked.add(adapter_name)
-        if indices is not None:
-            self._check(adapter_name)
+        self._hold(adapter_name, indices, counts, numels)
+        self._fingerprints.pop(adapter_name, None)
+        if fingerprint and indices is None:
+            self._fingerprints[adapter_name] = fingerprint
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def share(self, name: str, owner: "IRDLayer", owned_name: str) -> None:
@@ -105,33 +103,20 @@ class IRDLayer(nn.Module, Merging):
         """
         self._shared[name] = (owner, owned_name)
 
-    def entry_counts(self, adapter_name: str) -> dict[str, int]:
-        """Return an adapter's number of entries per parameter of this layer."""
-        indices = self._indices(adapter_name)
-        return {name: tensor.numel() for name, tensor in indices.items()}
-
-    def is_unloaded(self, adapter_name: str) -> bool:
-        """Return whether an adapter's entries in this layer are still to be loaded."""
-        return any(
-            indices.numel() > 0 and int(indices[0]) == _UNLOADED
-            for indices in self._indices(adapter_name).values()
-        )
-
     def has_entries(self, name: str) -> bool:
         """Return whether any adapter has entries in a parameter of this layer."""
-        return any(name in indices for indices in self.irdelta_indices.values())
+        return any(name in values for values in self.irdelta_values.values())
 
     def drop_entries(self, adapter_name: str) -> None:
         """Forget an adapter's entries in this layer, if it has some."""
         self._refuse_if_merged(adapter_name)
-        for container in (self.irdelta_values, self.irdelta_indices):
+        for name in ("irdelta_values", "irdelta_coded", "irdelta_indices"):
+            container = getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
+        self._unchecked.discard(adapter_name)
         self._supports.pop(adapter_name, None)
-
-    def _indices(self, adapter_name: str) -> dict[str, Tensor]:
-        known = adapter_name in self.irdelta_indices
-        return dict(self.irdelta_indices[adapter_name].items()) if known else {}
+        self._fingerprints.pop(adapter_name, None)
 
     def _refuse_if_merged(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
@@ -142,7 +127,7 @@ class IRDLayer(nn.Module, Merging):
 
     def _delta(self, adapter_name: str, name: str) -> SparseDelta:
         return SparseDelta(
-            self.irdelta_indices[adapter_name][name],
+            self._indices(adapter_name)[name],
             self.irdelta_values[adapter_name][name],
             self._base_parameter(name).shape,
             self._supports.get(adapter_name, {}).get(name),
@@ -205,28 +190,6 @@ class IRDLayer(nn.Module, Merging):
             for name in self.irdelta_values[adapter]:
                 deltas.setdefault(name, []).append(self._delta(adapter, name))
         return deltas
-
-    def _check(self, adapter: str) -> None:
-        """Check indices that came from outside, once, before they are used."""
-        if self.is_unloaded(adapter):
-            raise ValueError(
-                f"Adapter '{adapter}' was set up from a saved configuration, but its "
-                "weights were never loaded. Load them with `load_adapter` or "
-                "`PeftModel.from_pretrained`; to select anew, set the configuration's "
-                "`nnz_pattern` to None."
-            )
-        for name, indices in self._indices(adapter).items():
-            check_indices(indices, self._base_parameter(name).numel(), name)
-        self._unchecked.discard(adapter)
-        self._find_supports(adapter)
-
-    def _find_supports(self, adapter: str) -> None:
-        shapes = {n: self._base_parameter(n).shape for n in self._indices(adapter)}
-        self._supports[adapter] = {
-            name: Support.of(indices, shapes[name], torch.float32)
-            for name, indices in self._indices(adapter).items()
-            if len(shapes[name]) == 2
-        }
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         module = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]

@@ -88,6 +88,22 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
                 scatter_(weight, kept["indices"], kept["entries"])
             del self.irdelta_originals[adapter]
 
+    def _original_entries(self, name: str, indices: Tensor) -> Tensor:
+        """Return base entries as they were before anything was merged. Shape [k]."""
+        entries = gather(self._base_parameter(name).data, indices)
+        for adapter in reversed(
+            self.merged_adapters
+        ):  # what came first has the last say
+            if name in self.irdelta_originals[adapter]:
+                kept = self.irdelta_originals[adapter][name]
+                where = indices.to(kept["indices"].device)
+                at = torch.searchsorted(kept["indices"], where.contiguous())
+                at = at.clamp_(max=max(0, len(kept["indices"]) - 1))
+                if len(kept["indices"]):
+                    found = kept["indices"][at] == where
+                    entries = torch.where(found, kept["entries"][at], entries)
+        return entries
+
     def _merged_entries(self, adapter: str) -> dict[str, Tensor]:
         merged = {}
         for name, indices in self._indices(adapter).items():

@@ -1,10 +1,12 @@
 """The tuner: puts a selection into a model, and a saved adapter back."""
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     check_target_module_exists,
@@ -24,7 +26,18 @@ from peft_ird.injection import (
     share_tied,
 )
 from peft_ird.layer import IRDLayer
-from peft_ird.sparse.storage import check_entries, entry_counts, plain_name
+from peft_ird.record import check_base, fingerprints, provenance
+from peft_ird.sparse.coding import pack
+from peft_ird.sparse.storage import (
+    CODED,
+    FORMAT,
+    VALUES,
+    Entries,
+    entry_counts,
+    plain_name,
+    read_entries,
+    with_coded_indices,
+)
 from peft_ird.targets import (
     base_model,
     is_in_head,
@@ -207,9 +220,15 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         # has whole tensors, so shapes are read anew only where they must be.
         named = {cls._remove_adapter_name_from_key(k, adapter_name): v
                  for k, v in state_dict.items()}  # fmt: skip
-        config.nnz_pattern = entry_counts(named)
-        if not _same_names(config.nnz_pattern, config.shape_pattern):
-            config.shape_pattern = parameter_shapes(model, config.nnz_pattern)
+        config.nnz_pattern, shapes = entry_counts(named), config.shape_pattern
+        if shapes is None or not _same_names(config.nnz_pattern, shapes):
+            shapes = parameter_shapes(model, config.nnz_pattern)
+        config.shape_pattern, config.format_version = shapes, FORMAT
+        config.fingerprint = fingerprints(model, adapter_name, shapes)
+        if config.save_dtype is not None:
+            dtype = getattr(torch, config.save_dtype)
+            for key in [key for key in state_dict if VALUES in key]:
+                state_dict[key] = state_dict[key].to(dtype)
         return state_dict
 
     @classmethod
@@ -232,9 +251,17 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         is_new = any(layer.is_unloaded(adapter_name) for layer in layers)
         expected = counts if is_new or not saved else saved
         if saved:
-            check_entries(state_dict, expected, parameter_shapes(model, expected))
+            shapes = parameter_shapes(model, expected)
+            state_dict = with_coded_indices(state_dict, shapes)
+            entries = read_entries(state_dict, expected, shapes)
+            if is_new and not config.ignore_base_mismatch:
+                check_base(base, entries, config.fingerprint or {})
         if expected != counts:
             resize(model, config, adapter_name, expected)
+        if saved:
+            for layer in layers:  # another file's, or checked already
+                layer.forget_fingerprint(adapter_name)
+            state_dict = _fitted(state_dict, entries, config.shape_pattern or shapes)
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -254,6 +281,11 @@ def _settle(
         counts = config.nnz_pattern
         shapes = parameter_shapes(model, counts)
         _check_shapes(shapes, config.shape_pattern or {})
+        if config._entries is not None and not config.ignore_base_mismatch:
+            check_base(model, config._entries, config.fingerprint or {})
+        # The file's tensors are as large as these shapes say; rows may have been added.
+        shapes = config.shape_pattern or shapes
+        config._entries = None
     elif config.selection is None and not resolve_targets(model, config):
         config.nnz_pattern = config.shape_pattern = None
         return  # PEFT knows best what to say
@@ -266,7 +298,25 @@ def _settle(
         selection.check()
         _check_size(config, len(selection), selection.num_candidates)
         config.selection = selection
+        config.provenance, config.fingerprint = provenance(selection), None
     config.nnz_pattern, config.shape_pattern = counts, shapes
+
+
+def _fitted(
+    tensors: Mapping[str, Tensor], entries: Entries, shapes: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return saved tensors with the sizes and types that the layers have."""
+    fitted = {}
+    for key, tensor in tensors.items():
+        fitted[key] = tensor
+        if key.endswith(CODED):
+            module = plain_name(key).removesuffix(CODED)
+            indices = {name: at for name, (at, _) in entries[module].items()}
+            numels = {name: math.prod(s) for name, s in shapes[module].items()}
+            fitted[key] = pack(indices, numels)
+        elif VALUES in key and tensor.dtype == torch.bfloat16:
+            fitted[key] = tensor.float()
+    return fitted
 
 
 def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
@@ -291,11 +341,11 @@ def _check_heads(model: nn.Module, config: IRDConfig) -> None:
             )
 
 
-def _same_names(counts: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> bool:
+def _same_names(counts: Mapping[str, Any], shapes: Mapping[str, Any]) -> bool:
     def names(tree: Mapping[str, Any]) -> set[tuple[str, str]]:
         return {(module, name) for module, named in tree.items() for name in named}
 
-    return shapes is not None and names(counts) == names(shapes)
+    return names(counts) == names(shapes)
 
 
 def _check_shapes(shapes: Shapes, expected: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_ird import Calibration, IRDConfig, select_parameters
+from tests import oracles
 from tests.conftest import make_model, make_samples
 
 
@@ -323,25 +325,46 @@ def change_weights(folder, change):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def recode(saved, change):
+    """Write other indices into the file, whatever they are worth."""
+    settings = json.loads((saved / "adapter_config.json").read_text())
+    module = next(m for m, c in settings["nnz_pattern"].items() if max(c.values()) > 1)
+    counts, shapes = (settings[f"{k}_pattern"][module] for k in ("nnz", "shape"))
+    numels = {name: math.prod(shape) for name, shape in shapes.items()}
+
+    def write(tensors):
+        key = f"base_model.model.{module}.irdelta_coded"
+        coded = bytes(tensors[key].tolist())
+        found = oracles.decoded_module(coded, numels, counts)
+        change(max(found.values(), key=len), numels)
+        parts = [
+            numels[n].to_bytes(8, "little") + oracles.coded_indices(found[n], numels[n])
+            for n in sorted(found)
+        ]
+        tensors[key] = torch.tensor(list(b"".join(parts)), dtype=torch.uint8)
+
+    change_weights(saved, write)
+
+
 def key_of(tensors, kind, least=2):
     return next(k for k, v in tensors.items() if kind in k and v.numel() >= least)
 
 
 def test_an_index_that_exceeds_the_weight(saved):
-    def change(tensors):
-        tensors[key_of(tensors, "indices")][-1] = 10_000_000
+    def change(indices, numels):
+        numels.update(dict.fromkeys(numels, 50000))
+        indices[-1] = 49_999
 
-    change_weights(saved, change)
-    refused_to_load(saved, r"must lie in \[0, \d+\), got \d+ to 10000000")
+    recode(saved, change)
+    refused_to_load(saved, r"must lie in \[0, \d+\), got \d+ to 49999")
 
 
 def test_a_repeated_index(saved):
-    def change(tensors):
-        indices = tensors[key_of(tensors, "indices")]
+    def change(indices, _):
         indices[1] = indices[0]
 
-    change_weights(saved, change)
-    refused_to_load(saved, "sorted and distinct")
+    recode(saved, change)
+    refused_to_load(saved, "cannot be decoded.*sorted and distinct")
 
 
 def test_counts_that_disagree_inside_the_file(saved):
@@ -364,7 +387,7 @@ def test_counts_that_disagree_with_the_configuration(saved):
 
 def test_entries_that_are_missing(saved):
     def change(tensors):
-        del tensors[key_of(tensors, "indices")]
+        del tensors[key_of(tensors, "coded")]
 
     change_weights(saved, change)
     refused_to_load(saved, "missing from the adapter")
@@ -398,8 +421,8 @@ def test_bad_tensors_given_directly_change_nothing(saved):
     model = PeftModel.from_pretrained(make_model("bert"), saved)
     before = copy.deepcopy(model.state_dict())
     tensors = load_file(saved / "adapter_model.safetensors")
-    tensors[key_of(tensors, "indices")][-1] = 10_000_000
-    with pytest.raises(ValueError, match="must lie in"):
+    tensors[key_of(tensors, "coded")][:] = 0
+    with pytest.raises(ValueError, match="cannot be decoded"):
         set_peft_model_state_dict(model, tensors)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +27,8 @@ from transformers import (
 )
 
 from peft_ird import Calibration, IRDConfig
+from peft_ird.layer import IRDLayer
+from tests import oracles
 from tests.conftest import make_batch, make_model, make_samples, task_type
 
 AUTO = {
@@ -64,18 +67,22 @@ def test_the_file_holds_indices_values_and_the_head(trained):
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     pattern = PeftConfig.from_pretrained(folder / "adapter").nnz_pattern
     kinds = {k.split(".irdelta_")[-1].split(".")[0] for k in tensors if "irdelta" in k}
-    assert kinds == {"indices", "values"}
+    assert kinds == {"coded", "values"}
     rest = {k for k in tensors if "irdelta" not in k}
     assert all("classifier" in k for k in rest)
+    base = dict(AUTO["SEQ_CLS" if rest else "CAUSAL_LM"][1].from_pretrained(
+        folder / "base").named_modules())  # fmt: skip
     for module, counts in pattern.items():
+        sizes = {n: p.numel() for n, p in base[module].named_parameters(recurse=False)}
+        prefix = f"base_model.model.{module}.irdelta_"
+        coded = bytes(tensors[f"{prefix}coded"].tolist())
+        found = oracles.decoded_module(coded, {n: sizes[n] for n in counts}, counts)
         for parameter, count in counts.items():
-            key = f"base_model.model.{module}.irdelta_{{}}.{parameter}"
-            indices, values = (tensors[key.format(k)] for k in ("indices", "values"))
-            assert indices.dtype == torch.int32
+            values = tensors[f"{prefix}values.{parameter}"]
             assert values.dtype == torch.float32
-            assert len(indices) == len(values) == count
+            assert len(found[parameter]) == len(values) == count
     entries = sum(k for counts in pattern.values() for k in counts.values())
-    assert sum(t.numel() for k, t in tensors.items() if k not in rest) == 2 * entries
+    assert sum(t.numel() for k, t in tensors.items() if "values" in k) == entries
 
 
 def test_the_adapter_comes_back_in_every_way(name, trained):
@@ -290,8 +297,6 @@ def test_the_configuration_is_json_without_its_data(tmp_path):
 
 
 def test_copies_share_the_data_and_pickles_leave_it_out():
-    import pickle  # noqa: PLC0415
-
     data = Calibration(make_samples("bert"))
     settings = config("bert", calibration=data)
     assert copy.deepcopy(settings).calibration is data
@@ -312,3 +317,108 @@ def test_every_option_has_a_help_text():
     fields = [f for f in dataclasses.fields(IRDConfig) if f.name in own]
     assert fields
     assert all(len(f.metadata.get("help", "")) > 20 for f in fields)
+
+
+def as_first_format(folder: Path, model: nn.Module) -> None:
+    """Write the file as the first version did: plain indices, one tensor each."""
+    path = folder / "adapter_model.safetensors"
+    tensors = {k: v for k, v in load_file(path).items() if "irdelta_coded" not in k}
+    for name, layer in model.named_modules():
+        if isinstance(layer, IRDLayer):
+            for parameter, indices in layer._indices("default").items():
+                key = name.replace(".base_layer", "") + ".irdelta_indices." + parameter
+                tensors[key] = indices.clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    later = ("format_version", "provenance", "fingerprint", "save_dtype")
+    kept = {k: v for k, v in settings.items() if k not in later}
+    path.write_text(json.dumps(kept))
+
+
+def test_a_file_of_the_first_format_is_loaded_and_saved_in_the_present_one(
+    name, tmp_path
+):
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(name), config(name))
+    expected = logits(model, name)
+    model.save_pretrained(tmp_path / "new")
+    model.save_pretrained(tmp_path / "old")
+    as_first_format(tmp_path / "old", model)
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path / "old")
+    assert torch.equal(logits(loaded, name), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    files = [tmp_path / f / "adapter_model.safetensors" for f in ("new", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    native = make_model(name)
+    native.load_adapter(str(tmp_path / "old"))
+    with pytest.raises(ValueError, match="load that with PEFT and save it again"):
+        logits(native, name)
+
+
+def test_values_are_saved_in_bfloat16_on_request_and_come_back_in_float32(
+    name, tmp_path
+):
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(name), config(name, save_dtype="bfloat16"))
+    model.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert {v.dtype for k, v in file.items() if "values" in k} == {torch.bfloat16}
+    values = {n: p for n, p in model.named_parameters() if "irdelta_values" in n}
+    assert {p.dtype for p in values.values()} == {torch.float32}
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            make_model(name), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        found = dict(loaded.named_parameters())
+        for key, parameter in values.items():
+            assert found[key].dtype == torch.float32
+            assert torch.equal(found[key], parameter.bfloat16().float())
+    native = make_model(name)
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(logits(native, name), logits(loaded, name))
+    kept = [p.dtype for n, p in native.named_parameters() if "irdelta_values" in n]
+    assert set(kept) == {torch.float32}
+
+
+def test_an_unknown_type_to_save_in():
+    with pytest.raises(ValueError, match="`save_dtype` must be one of None, 'float32'"):
+        config("bert", save_dtype="int8")
+
+
+@pytest.mark.parametrize("use_first", [False, True])
+def test_loaded_indices_survive_what_is_done_to_models(name, use_first, tmp_path):
+    """Before the plain indices are made of the file's, and afterwards."""
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(name), config(name))
+    expected = logits(model, name)
+    model.save_pretrained(tmp_path)
+    native = make_model(name)
+    native.load_adapter(str(tmp_path))
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path)
+    fresh = get_peft_model(make_model(name), PeftConfig.from_pretrained(tmp_path))
+    fresh.load_state_dict(loaded.state_dict(), strict=True)
+    for each in (native, loaded, fresh):
+        if use_first:
+            logits(each, name)
+        assert torch.equal(logits(copy.deepcopy(each), name), expected)
+        assert torch.equal(logits(pickle.loads(pickle.dumps(each)), name), expected)
+        assert torch.equal(logits(each.to(torch.float64).float(), name), expected)
+        each.load_state_dict(each.state_dict(), assign=True)
+        assert torch.equal(logits(each, name), expected)
+
+
+def test_an_adapter_saved_again_beside_more_rows_is_sized_by_its_configuration(
+    tmp_path,
+):
+    torch.manual_seed(1)
+    model = get_peft_model(make_model("llama"), config("llama", density=0.2))
+    model.save_pretrained(tmp_path / "one")
+    larger = make_model("llama")
+    larger.resize_token_embeddings(1000)
+    loaded = PeftModel.from_pretrained(larger, tmp_path / "one")
+    expected = logits(loaded, "llama")
+    loaded.save_pretrained(tmp_path / "two", save_embedding_layers=False)
+    native = make_model("llama")
+    native.load_adapter(str(tmp_path / "two"))
+    assert torch.equal(logits(native, "llama"), expected[..., :40])

@@ -13,18 +13,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_ird.sparse.coding import pack, unpack
 from peft_ird.sparse.delta import check_indices
 
 __all__ = [
-    "check_adapter_file",
-    "check_entries",
+    "CODED",
+    "FORMAT",
+    "VALUES",
+    "Entries",
     "entry_counts",
     "load_tensors",
     "plain_name",
+    "read_adapter_file",
+    "read_entries",
     "save_tensors",
+    "with_coded_indices",
 ]
 
-INDICES = ".irdelta_indices."
+FORMAT = 2  # 1 had a tensor of plain indices for each of values
+CODED = ".irdelta_coded"
+PLAIN = ".irdelta_indices."
 VALUES = ".irdelta_values."
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
@@ -32,6 +40,7 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod)(?:\.|$)
 
 Counts = Mapping[str, Mapping[str, int]]
 Shapes = Mapping[str, Mapping[str, "list[int] | torch.Size"]]
+Entries = Mapping[str, Mapping[str, tuple[Tensor, int]]]
 
 
 def save_tensors(
@@ -84,72 +93,113 @@ def load_tensors(
     return tensors, json.loads(metadata)
 
 
-def check_entries(
+def read_entries(
     tensors: Mapping[str, Tensor], counts: Counts, shapes: Shapes
-) -> None:
-    """Check an adapter's saved indices and values against what they are meant for.
+) -> Entries:
+    """Return an adapter's saved indices, checked against what they are meant for.
 
     Args:
         tensors: Saved tensors; those of the adapter have keys
-            ``<module>.irdelta_indices.<parameter>`` and ``….irdelta_values.…``.
+            ``<module>.irdelta_coded`` and ``<module>.irdelta_values.<parameter>``.
         counts: Entries per module and parameter that are expected.
         shapes: Shape of each of these parameters.
+
+    Returns:
+        Per module and parameter the sorted flat positions, on the CPU, and the entries
+        of the parameter that they were saved for.
 
     Raises:
         ValueError: If entries are missing or too many, if the counts disagree, or if
             indices repeat, are out of order or exceed the weight.
     """
-    expected = {
-        f"{module}.{parameter}": (module, parameter)
-        for module, parameters in counts.items()
-        for parameter in parameters
-    }
-    found = {_entry_name(key, INDICES): key for key in tensors if INDICES in key}
-    values = {_entry_name(key, VALUES): key for key in tensors if VALUES in key}
-    for name in sorted(
-        expected.keys() ^ found.keys() | expected.keys() ^ values.keys()
-    ):
+    coded = {plain_name(k).removesuffix(CODED): t for k, t in tensors.items()
+             if k.endswith(CODED)}  # fmt: skip
+    saved = entry_counts(tensors)
+    _check_names({(m, n) for m in counts for n in counts[m]},
+                 {(m, n) for m in saved for n in saved[m]})  # fmt: skip
+    _check_names({(m, "indices") for m in counts}, {(m, "indices") for m in coded})
+    entries: dict[str, dict[str, tuple[Tensor, int]]] = {}
+    for module, wanted in counts.items():
+        for name, count in wanted.items():
+            if count != saved[module][name]:
+                raise ValueError(
+                    f"The counts of '{module}.{name}' disagree: adapter_config.json "
+                    f"announces {count} entries, the file has {saved[module][name]} "
+                    "values. Save the adapter again."
+                )
+        entries[module] = unpack(coded[module], wanted, module)
+        for name, (indices, _) in entries[module].items():
+            numel = torch.Size(shapes[module][name]).numel()
+            check_indices(indices, numel, f"{module}.{name}")
+    return entries
+
+
+def _check_names(expected: set[tuple[str, str]], found: set[tuple[str, str]]) -> None:
+    for name in sorted(expected ^ found):
         kind = "missing from" if name in expected else "not announced for"
         raise ValueError(
-            f"The entries of '{name}' are {kind} the adapter. adapter_config.json and "
-            "the weight file do not belong together; save the adapter again."
+            f"The entries of '{'.'.join(name)}' are {kind} the adapter. "
+            "adapter_config.json and the weight file do not belong together; save the "
+            "adapter again."
         )
-    for name, (module, parameter) in expected.items():
-        indices, wanted = tensors[found[name]], counts[module][parameter]
-        sizes = {wanted, indices.numel(), tensors[values[name]].numel()}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"The counts of '{name}' disagree: adapter_config.json announces "
-                f"{wanted} entries, the file has {indices.numel()} indices and "
-                f"{tensors[values[name]].numel()} values. Save the adapter again."
-            )
-        check_indices(indices, torch.Size(shapes[module][parameter]).numel(), name)
 
 
-def check_adapter_file(
+def read_adapter_file(
     folder: Path, counts: Counts | None, shapes: Shapes | None
-) -> None:
-    """Check a saved adapter's weight file, if it lies in a local folder.
+) -> Entries | None:
+    """Read and check a saved adapter's indices, if its file lies in a local folder.
 
     Args:
         folder: The adapter's folder.
         counts: Entries per module and parameter, from its configuration.
         shapes: Shapes of these parameters, from its configuration.
 
+    Returns:
+        As `read_entries`; None if there is no such file.
+
     Raises:
         ValueError: If the file is damaged or disagrees with the configuration.
     """
     path = folder / _WEIGHTS_NAME
     if counts is None or shapes is None or not path.is_file():
-        return
-    check_entries(load_tensors(path)[0], counts, shapes)
+        return None
+    tensors = with_coded_indices(load_tensors(path)[0], shapes)
+    return read_entries(tensors, counts, shapes)
+
+
+def with_coded_indices(
+    tensors: Mapping[str, Tensor], shapes: Shapes
+) -> dict[str, Tensor]:
+    """Return saved tensors in the present format, whichever they were saved in.
+
+    Args:
+        tensors: Saved tensors, of format 1 or 2.
+        shapes: Shapes of the parameters that have entries.
+
+    Raises:
+        ValueError: If indices of format 1 repeat, are out of order or exceed the
+            weight.
+    """
+    found = dict(tensors)
+    plain: dict[str, dict[str, Tensor]] = {}
+    for key in tensors:
+        if PLAIN in key:
+            prefix, _, parameter = key.partition(PLAIN)
+            plain.setdefault(prefix, {})[parameter] = found.pop(key)
+    for prefix, indices in plain.items():
+        named = shapes.get(plain_name(prefix), {})
+        numels = {name: torch.Size(named.get(name, ())).numel() for name in indices}
+        for name, positions in indices.items():
+            check_indices(positions, numels[name], f"{plain_name(prefix)}.{name}")
+        found[prefix + CODED] = pack(indices, numels)
+    return found
 
 
 def entry_counts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
     """Return the number of saved values per module and parameter.
 
     Args:
-        tensors: Saved tensors, as for `check_entries`.
+        tensors: Saved tensors, as for `read_entries`.
     """
     counts: dict[str, dict[str, int]] = {}
     for key, tensor in tensors.items():
@@ -167,8 +217,3 @@ def plain_name(key: str) -> str:
     """
     key = _WRAPPERS.sub("", key).removeprefix(_KEY_PREFIX)
     return re.sub(r"\.base_layer(?=\.|$)", "", key)
-
-
-def _entry_name(key: str, kind: str) -> str:
-    module, _, parameter = plain_name(key).partition(kind)
-    return f"{module}.{parameter}"

@@ -1,0 +1,156 @@
+"""The indices of a layer's adapters: held as in the file, and plain for computing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_ird._registration import BufferDict
+from peft_ird.merging import Merging
+from peft_ird.sparse.coding import is_blank, pack, packed_size, unpack
+from peft_ird.sparse.delta import check_indices, index_dtype
+from peft_ird.sparse.fingerprint import differs, fingerprint
+from peft_ird.sparse.support import Support
+
+__all__ = ["Holding", "device_of"]
+
+
+class Holding(Merging):
+    """The part of a layer that holds indices and checks those from outside.
+
+    The coded form is what is saved and loaded, by whichever library, and has the size
+    that the configuration tells. The plain form is made of it when it is first used.
+    """
+
+    irdelta_coded: Any  # adapter -> code of all its indices, uint8
+    irdelta_indices: Any  # the same as [k] per parameter; read it by `_indices`
+    _unchecked: set[str]
+    _fingerprints: dict[str, Mapping[str, str]]
+    _supports: dict[str, dict[str, Support]]  # of matrices
+
+    def _hold(
+        self,
+        adapter: str,
+        indices: Mapping[str, Tensor] | None,
+        counts: Mapping[str, int],
+        numels: Mapping[str, int] | None = None,
+    ) -> None:
+        """Hold indices, or make room for such as are still to be loaded."""
+        weights = {name: self._base_parameter(name) for name in counts}
+        numels = numels or {name: weight.numel() for name, weight in weights.items()}
+        plain = BufferDict(persistent=False)
+        for name, count in counts.items():
+            room = torch.full((count,), -1, dtype=index_dtype(weights[name].numel()))
+            found = room if indices is None else indices[name].to(room.dtype, copy=True)
+            plain[name] = found.to(device_of(weights[name]))
+        if indices is None:
+            size = packed_size(counts, numels)
+            coded = torch.full((size,), 255, dtype=torch.uint8)
+            self._unchecked.add(adapter)
+        else:
+            coded = pack(indices, numels)
+            self._unchecked.discard(adapter)
+        device = next((device_of(weight) for weight in weights.values()), None)
+        self.irdelta_coded[adapter] = coded.to(device)
+        self.irdelta_indices[adapter] = plain
+        if indices is not None:
+            self._find_supports(adapter)
+
+    def _indices(self, adapter: str) -> dict[str, Tensor]:
+        """Return an adapter's sorted flat positions per parameter. Shape ``[k]``."""
+        if adapter not in self.irdelta_indices:
+            return {}
+        if adapter in self._unchecked:
+            self._check(adapter)
+        return dict(self.irdelta_indices[adapter].items())
+
+    def entry_counts(self, adapter_name: str) -> dict[str, int]:
+        """Return an adapter's number of entries per parameter of this layer."""
+        if adapter_name not in self.irdelta_values:
+            return {}
+        values = self.irdelta_values[adapter_name]
+        return {name: tensor.numel() for name, tensor in values.items()}
+
+    def is_unloaded(self, adapter_name: str) -> bool:
+        """Return whether an adapter's entries in this layer are still to be loaded."""
+        known = adapter_name in self.irdelta_coded
+        return known and is_blank(self.irdelta_coded[adapter_name])
+
+    def forget_fingerprint(self, adapter_name: str) -> None:
+        """Do not compare the base weights with what an adapter was made for."""
+        self._fingerprints.pop(adapter_name, None)
+
+    def fingerprint(
+        self, adapter_name: str, indices: Mapping[str, Tensor] | None = None
+    ) -> dict[str, str] | None:
+        """Hash the base weights at an adapter's entries, merged or not.
+
+        Args:
+            adapter_name: The adapter.
+            indices: Flat positions per parameter. Default: the adapter's own.
+
+        Returns:
+            One hash per floating-point type; None where the weights are quantised,
+            sharded or offloaded.
+        """
+        if indices is None:
+            indices = self._indices(adapter_name)
+        weights = {name: self._base_parameter(name) for name in indices}
+        for name, weight in weights.items():
+            if weight.is_meta or type(weight) not in _PLAIN:
+                return None
+            if indices[name].numel() and int(indices[name][-1]) >= weight.numel():
+                return None  # only a shard of it is here
+        found = {n: self._original_entries(n, at) for n, at in indices.items()}
+        return fingerprint(found)
+
+    def _check(self, adapter: str) -> None:
+        """Decode and check indices that came from outside, before they are used."""
+        if adapter not in self._unchecked:
+            return
+        if self.is_unloaded(adapter):
+            raise ValueError(
+                f"Adapter '{adapter}' was set up from a saved configuration, but its "
+                "weights were never loaded. Load them with `load_adapter` or "
+                "`PeftModel.from_pretrained`; to select anew, set the configuration's "
+                "`nnz_pattern` to None. If a library other than PEFT loaded a file of "
+                "an early version of peft_ird, load that with PEFT and save it again."
+            )
+        counts = self.entry_counts(adapter)
+        decoded = unpack(self.irdelta_coded[adapter], counts, type(self).__name__)
+        found = {name: indices for name, (indices, _) in decoded.items()}
+        for name, indices in found.items():
+            check_indices(indices, self._base_parameter(name).numel(), name)
+        expected = self._fingerprints.get(adapter)
+        if expected and differs(self.fingerprint(adapter, found), expected):
+            raise ValueError(
+                f"Adapter '{adapter}' was made for other base weights than those of "
+                f"this {type(self.get_base_layer()).__name__}: at its entries of "
+                f"{', '.join(counts)} the fingerprint should be {dict(expected)}. Load "
+                "the base model that adapter_config.json names, or set the "
+                "configuration's `ignore_base_mismatch` to True before loading."
+            )
+        plain = self.irdelta_indices[adapter]
+        for name, indices in found.items():
+            plain[name] = indices.to(device_of(self._base_parameter(name)))
+        self._fingerprints.pop(adapter, None)
+        self._unchecked.discard(adapter)
+        self._find_supports(adapter)
+
+    def _find_supports(self, adapter: str) -> None:
+        plain = self.irdelta_indices[adapter]
+        shapes = {name: self._base_parameter(name).shape for name in plain}
+        self._supports[adapter] = {
+            name: Support.of(plain[name], shape, torch.float32)
+            for name, shape in shapes.items()
+            if len(shape) == 2
+        }
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def device_of(weight: Tensor) -> torch.device:
+    """Return where an adapter of a weight belongs; an offloaded weight is on meta."""
+    return torch.device("cpu") if weight.is_meta else weight.device

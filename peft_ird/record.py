@@ -1,0 +1,107 @@
+"""What a saved adapter says about itself: how it was chosen, and for which weights."""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+from peft_ird.layer import IRDLayer
+from peft_ird.selection.selection import Selection
+from peft_ird.sparse.fingerprint import differs
+from peft_ird.sparse.storage import Entries, plain_name
+from peft_ird.targets import base_model, base_modules
+
+__all__ = ["check_base", "fingerprints", "provenance"]
+
+_PACKAGES = ("peft_ird", "torch", "peft", "transformers")
+
+
+def provenance(selection: Selection) -> dict[str, Any]:
+    """Return how entries were chosen, and by which versions, as JSON holds it.
+
+    Args:
+        selection: The selection.
+    """
+    return {
+        "method": selection.method,
+        "seed": selection.seed,
+        "num_samples": len(selection.first_samples),
+        "samples_kept": len(selection.samples),
+        "stages": [list(cell) for cell in selection.stages],
+        "num_candidates": selection.num_candidates,
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is not installed
+        return None
+
+
+def fingerprints(
+    model: nn.Module, adapter: str, shapes: Mapping[str, Mapping[str, list[int]]]
+) -> dict[str, dict[str, str]] | None:
+    """Hash the base weights at an adapter's entries.
+
+    Args:
+        model: A model with the adapter, merged or not.
+        adapter: The adapter's name.
+        shapes: Shapes of the whole parameters; other ones are those of shards.
+
+    Returns:
+        The hashes of each module whose weights are at hand; None without any.
+    """
+    found = {}
+    for name, layer in _layers(model).items():
+        whole = all(
+            layer._base_parameter(parameter).ndim == len(shape)
+            for parameter, shape in shapes.get(name, {}).items()
+        )
+        hashes = layer.fingerprint(adapter) if whole and name in shapes else None
+        if hashes:
+            found[name] = hashes
+    return found or None
+
+
+def check_base(
+    model: nn.Module, entries: Entries, expected: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Check that a model's weights are those that an adapter was made for.
+
+    Args:
+        model: The base model, with or without other adapters.
+        entries: The adapter's indices, as read from its file.
+        expected: What `fingerprints` returned when it was saved.
+
+    Raises:
+        ValueError: If a module's weights at the indices are others. Weights that are
+            quantised, sharded or offloaded are not compared.
+    """
+    layers = _layers(model)
+    modules = dict(base_modules(base_model(model)))
+    for name, hashes in expected.items():
+        if name not in modules or name not in entries:
+            continue
+        indices = {parameter: at for parameter, (at, _) in entries[name].items()}
+        if name in layers:
+            found = layers[name].fingerprint("", indices)
+        else:
+            found = IRDLayer(modules[name]).fingerprint("", indices)
+        if differs(found, hashes):
+            raise ValueError(
+                f"The adapter was made for other base weights: those of '{name}' at "
+                f"its entries have the fingerprint {found}, expected {dict(hashes)}. "
+                "Load the base model that adapter_config.json names, or pass "
+                "`ignore_base_mismatch=True` to load it all the same."
+            )
+
+
+def _layers(model: nn.Module) -> dict[str, IRDLayer]:
+    return {
+        plain_name(name): module
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, IRDLayer)
+    }
