@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft_ird._registration import BufferDict
 from peft_ird.holding import Holding, device_of
+from peft_ird.merging import Rounding
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
 from peft_ird.substitution import call_with_parameters
@@ -39,6 +40,7 @@ class IRDLayer(nn.Module, Holding):
         self.irdelta_indices: Any = nn.ModuleDict()  # the same, adapter -> parameter
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
+        self.rounding = Rounding()
         self._disable_adapters = False
         self._unchecked = set()
         self._supports = {}

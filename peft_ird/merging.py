@@ -1,7 +1,9 @@
 """Deltas written into the base weights, and taken out again bit for bit."""
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,52 @@ from torch import Tensor, nn
 from peft_ird._registration import BufferDict
 from peft_ird.sparse.ops import gather, scatter_
 
-__all__ = ["Merging", "is_low_precision"]
+__all__ = ["Merging", "Rounding", "is_low_precision", "report_rounding"]
+
+logger = logging.getLogger(__name__)
+_TOLERATED = 0.1
+
+
+@dataclass(frozen=True)
+class Rounding:
+    r"""What merging into bfloat16 or float16 weights lost of the deltas.
+
+    Args:
+        lost: :math:`\sum |W' - W - \Delta|` over the entries that were merged into
+            such weights, with the weight :math:`W'` that was written.
+        total: :math:`\sum |\Delta|` over the same entries.
+    """
+
+    lost: float = 0.0
+    total: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The part of the deltas that was lost; may exceed 1 if all are tiny."""
+        return self.lost / self.total if self.total else 0.0
+
+    def __add__(self, other: "Rounding") -> "Rounding":
+        return Rounding(self.lost + other.lost, self.total + other.total)
+
+
+def report_rounding(parts: Iterable[Rounding]) -> None:
+    """Log what merging all layers lost, and warn above a tenth.
+
+    Args:
+        parts: One for each layer.
+    """
+    rounding = sum(parts, Rounding())
+    if rounding.total == 0:
+        return
+    logger.info("Rounding lost %.2f %% of the merged deltas.", 100 * rounding.share)
+    if rounding.share > _TOLERATED:
+        warnings.warn(
+            f"Merging into low-precision weights lost {rounding.share:.0%} of the "
+            "deltas to rounding. Call `unmerge_adapter()` and keep the adapter beside "
+            "the weights, or load the base model in float32, merge, and convert it "
+            "afterwards if need be.",
+            stacklevel=3,
+        )
 
 
 def is_low_precision(tensor: Tensor) -> bool:
@@ -25,6 +72,7 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
     irdelta_values: Any  # adapter -> parameter -> values [k]
     irdelta_originals: Any  # adapter -> parameter -> what merging overwrote, and where
     merged_adapters: list[str]
+    rounding: Rounding  # of the last merge
 
     def _indices(self, adapter_name: str) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -40,6 +88,8 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
     ) -> None:
         """Write the deltas into the base weights; the old entries are kept.
 
+        What low-precision weights lose of the deltas is in ``rounding`` afterwards.
+
         Args:
             safe_merge: Whether to check the result for NaN before anything is written.
             adapter_names: The adapters to merge. Default: the active ones.
@@ -47,6 +97,7 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
         Raises:
             ValueError: If ``safe_merge`` finds a value that is not finite.
         """
+        self.rounding = Rounding()
         adapter_names = check_adapters_to_merge(self, adapter_names)
         if safe_merge:
             self.check_finite(adapter_names)
@@ -56,6 +107,8 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
             self._check(adapter)
             merged = self._merged_entries(adapter)
             self._keep_originals(adapter)
+            for name, written in merged.items():
+                self.rounding += self._lost(adapter, name, written)
             for name, indices in self._indices(adapter).items():
                 scatter_(self._base_parameter(name).data, indices, merged[name])
             self.merged_adapters.append(adapter)
@@ -115,6 +168,14 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
             old = gather(weight, indices).to(common)
             merged[name] = (old + values.to(common)).to(weight.dtype)
         return merged
+
+    def _lost(self, adapter: str, name: str, written: Tensor) -> Rounding:
+        if not is_low_precision(written) or written.is_meta:
+            return Rounding()
+        old = self.irdelta_originals[adapter][name]["entries"].double()
+        values = self.irdelta_values[adapter][name].detach().double()
+        error = written.double() - old - values
+        return Rounding(float(error.abs().sum()), float(values.abs().sum()))
 
     def _keep_originals(self, adapter: str) -> None:
         kept = nn.ModuleDict()

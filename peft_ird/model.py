@@ -26,6 +26,7 @@ from peft_ird.injection import (
     share_tied,
 )
 from peft_ird.layer import IRDLayer
+from peft_ird.merging import Rounding, report_rounding
 from peft_ird.record import check_base, fingerprints, provenance
 from peft_ird.sparse.coding import pack
 from peft_ird.sparse.storage import (
@@ -143,11 +144,18 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         if kwargs.get("safe_merge"):
             self._check_finite(kwargs.get("adapter_names"))
+        layers = self._own_layers()
+        for layer in layers:
+            layer.rounding = Rounding()
         # PEFT does not look inside tuner layers; wrapped modules may hold wrapped ones.
         while any(isinstance(module, IRDLayer) for module in self.model.modules()):
             super()._unload_and_optionally_merge(*args, **kwargs)
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        report_rounding(layer.rounding for layer in layers)
         return model
+
+    def _own_layers(self) -> list[IRDLayer]:
+        return [m for m in self.model.modules() if isinstance(m, IRDLayer)]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active alone, the first one left becomes it.
@@ -182,6 +190,8 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         """Write the deltas into the base weights.
 
+        What low-precision weights lose of them is logged, and warned of above a tenth.
+
         Args:
             adapter_names: The adapters to merge. Default: the active ones.
             safe_merge: Whether to check all layers before any of them is written to.
@@ -192,11 +202,11 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         if safe_merge:
             self._check_finite(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
+        report_rounding(layer.rounding for layer in self._own_layers())
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for module in self.model.modules():
-            if isinstance(module, IRDLayer):
-                module.check_finite(adapter_names or module.active_adapters)
+        for layer in self._own_layers():
+            layer.check_finite(adapter_names or layer.active_adapters)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: IRDConfig) -> None:
         """Do nothing: a delta acts in every module that holds its parameter."""

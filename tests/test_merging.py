@@ -1,0 +1,130 @@
+"""Merging: what rounding loses, and what is never touched."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peft_ird import IRDConfig
+from peft_ird.layer import IRDLayer
+
+WIDTH, ENTRIES = 64, 12
+
+
+def adapted(dtype: torch.dtype, size: float) -> PeftModel:
+    """Two layers with float32 deltas of about this size, relative to their weights."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)).to(dtype)
+    config = IRDConfig(
+        budget=ENTRIES, method="random", scope="per_module", target_modules=["0", "1"]
+    )
+    model = get_peft_model(base, config)
+    for layer in model.modules():
+        if isinstance(layer, IRDLayer):
+            for values in layer.irdelta_values["default"].values():
+                values.data.copy_(size * torch.randn(values.shape))
+    return model
+
+
+def lost_share(model: PeftModel) -> float:
+    """Round every entry by itself, in Python's floats."""
+    lost = total = 0.0
+    for layer in model.modules():
+        if not isinstance(layer, IRDLayer):
+            continue
+        for name, indices in layer._indices("default").items():
+            flat = layer.get_base_layer().get_parameter(name).flatten()
+            values = layer.irdelta_values["default"][name].tolist()
+            for index, value in zip(indices.tolist(), values, strict=True):
+                old = float(flat[index])
+                new = float(torch.tensor(old + value).to(flat.dtype))
+                lost, total = lost + abs(new - old - value), total + abs(value)
+    return lost / total
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_that_loses_much_warns_once_and_says_how_much(dtype, merge, caplog):
+    model = adapted(dtype, 1e-5 if dtype == torch.bfloat16 else 1e-6)
+    share = lost_share(model)
+    assert share > 0.1
+    message = f"lost {share:.0%} of the deltas to rounding.*float32"
+    caplog.set_level("INFO", logger="peft_ird")
+    with pytest.warns(UserWarning, match=message) as caught:
+        getattr(model, merge)()
+    assert len(caught) == 1
+    assert f"Rounding lost {100 * share:.2f} %" in caplog.text
+
+
+def test_a_merge_that_loses_little_is_logged_only(caplog):
+    model = adapted(torch.bfloat16, 1.0)
+    share = lost_share(model)
+    assert 0 < share < 0.1
+    caplog.set_level("INFO", logger="peft_ird")
+    model.merge_adapter()
+    assert f"Rounding lost {100 * share:.2f} %" in caplog.text
+
+
+@pytest.mark.parametrize("finish", ["merge_and_unload", "unload"])
+def test_a_loss_is_reported_for_one_merge(finish, caplog):
+    model = adapted(torch.bfloat16, 1e-5)
+    with pytest.warns(UserWarning, match="to rounding"):
+        model.merge_adapter()
+    caplog.set_level("INFO", logger="peft_ird")
+    if finish == "unload":
+        model.unmerge_adapter()
+        model.unload()
+    else:
+        with pytest.warns(UserWarning, match="All adapters are already merged"):
+            model.merge_and_unload()
+    assert "Rounding" not in caplog.text
+
+
+def test_merging_into_float32_has_nothing_to_report(caplog):
+    caplog.set_level("INFO", logger="peft_ird")
+    adapted(torch.float32, 1e-6).merge_and_unload()
+    assert "Rounding" not in caplog.text
+
+
+class NoWholeWeight(TorchDispatchMode):
+    """Fails on every operation that reads or makes as much as a weight has."""
+
+    # These touch the entries that they are given, or nothing.
+    SPARSE = ("index", "index_put_", "detach", "alias", "view")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        for tensor in tree_leaves((result, args)):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= WIDTH * WIDTH:
+                assert name in self.SPARSE, name
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Merging into low-precision")
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set:UserWarning")
+def test_switching_costs_as_much_as_there_are_entries(dtype):
+    model = adapted(dtype, 1e-2)
+    second = IRDConfig(budget=ENTRIES, method="random", seed=1)
+    model.add_adapter("second", second)
+    before = copy.deepcopy(model.state_dict())
+    with NoWholeWeight():
+        model.set_adapter("second")
+        model.set_adapter("default")
+        model.merge_adapter()
+        model.unmerge_adapter()
+        model.merge_adapter(["second"], safe_merge=True)
+        model.base_model.disable_adapter_layers()
+        model.base_model.enable_adapter_layers()
+        model.unmerge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_watch_over_whole_weights_sees_them():
+    with pytest.raises(AssertionError), NoWholeWeight():
+        torch.zeros(WIDTH, WIDTH).clone()
