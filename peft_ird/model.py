@@ -1,9 +1,7 @@
 """The tuner: puts a selection into a model, and a saved adapter back."""
 
 import copy
-import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from peft_ird._registration import PREFIX
 from peft_ird.config import IRDConfig
 from peft_ird.injection import (
-    Shapes,
     adapter_counts,
     install,
     install_nested,
@@ -27,24 +24,17 @@ from peft_ird.injection import (
 )
 from peft_ird.layer import IRDLayer
 from peft_ird.merging import Rounding, report_rounding
-from peft_ird.record import check_base, fingerprints, provenance
-from peft_ird.sparse.coding import pack
+from peft_ird.record import check_base, fingerprints
+from peft_ird.settling import fitted, same_names, settle
 from peft_ird.sparse.storage import (
-    CODED,
     FORMAT,
     VALUES,
-    Entries,
     entry_counts,
     plain_name,
     read_entries,
     with_coded_indices,
 )
-from peft_ird.targets import (
-    base_model,
-    is_in_head,
-    resolve_targets,
-    select_parameters,
-)
+from peft_ird.targets import base_model
 
 __all__ = ["IRDModel"]
 
@@ -96,7 +86,7 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         config: IRDConfig = self.peft_config[adapter_name]
         given = config.selection
         try:
-            _settle(model, config, state_dict)
+            settle(model, config, state_dict)
             BaseTuner.inject_adapter(
                 self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
                 state_dict,
@@ -231,7 +221,7 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         named = {cls._remove_adapter_name_from_key(k, adapter_name): v
                  for k, v in state_dict.items()}  # fmt: skip
         config.nnz_pattern, shapes = entry_counts(named), config.shape_pattern
-        if shapes is None or not _same_names(config.nnz_pattern, shapes):
+        if shapes is None or not same_names(config.nnz_pattern, shapes):
             shapes = parameter_shapes(model, config.nnz_pattern)
         config.shape_pattern, config.format_version = shapes, FORMAT
         config.fingerprint = fingerprints(model, adapter_name, shapes)
@@ -271,106 +261,8 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         if saved:
             for layer in layers:  # another file's, or checked already
                 layer.forget_fingerprint(adapter_name)
-            state_dict = _fitted(state_dict, entries, config.shape_pattern or shapes)
+            state_dict = fitted(state_dict, entries, config.shape_pattern or shapes)
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         return mapped
-
-
-def _settle(
-    model: nn.Module, config: IRDConfig, state_dict: Mapping[str, Tensor] | None
-) -> None:
-    """Decide on the entries and write them into the config, or leave it untouched."""
-    if state_dict is not None:
-        counts = entry_counts(state_dict)
-        shapes = parameter_shapes(model, counts)
-        config.selection = None
-    elif config.awaits_weights:
-        assert config.nnz_pattern is not None
-        counts = config.nnz_pattern
-        shapes = parameter_shapes(model, counts)
-        _check_shapes(shapes, config.shape_pattern or {})
-        if config._entries is not None and not config.ignore_base_mismatch:
-            check_base(model, config._entries, config.fingerprint or {})
-        # The file's tensors are as large as these shapes say; rows may have been added.
-        shapes = config.shape_pattern or shapes
-        config._entries = None
-    elif config.selection is None and not resolve_targets(model, config):
-        config.nnz_pattern = config.shape_pattern = None
-        return  # PEFT knows best what to say
-    else:
-        _check_heads(model, config)
-        selection = config.selection or select_parameters(model, config)
-        counts = selection.counts
-        shapes = parameter_shapes(model, counts)
-        _check_shapes(shapes, selection.shapes)
-        selection.check()
-        _check_size(config, len(selection), selection.num_candidates)
-        config.selection = selection
-        config.provenance, config.fingerprint = provenance(selection), None
-    config.nnz_pattern, config.shape_pattern = counts, shapes
-
-
-def _fitted(
-    tensors: Mapping[str, Tensor], entries: Entries, shapes: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Return saved tensors with the sizes and types that the layers have."""
-    fitted = {}
-    for key, tensor in tensors.items():
-        fitted[key] = tensor
-        if key.endswith(CODED):
-            module = plain_name(key).removesuffix(CODED)
-            indices = {name: at for name, (at, _) in entries[module].items()}
-            numels = {name: math.prod(s) for name, s in shapes[module].items()}
-            fitted[key] = pack(indices, numels)
-        elif VALUES in key and tensor.dtype == torch.bfloat16:
-            fitted[key] = tensor.float()
-    return fitted
-
-
-def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
-    wanted = config.budget
-    if config.density is not None:
-        wanted = max(1, round(config.density * candidates))
-    if wanted is not None and wanted != size:
-        raise ValueError(
-            f"`selection` has {size} entries, but `density` or `budget` asks for "
-            f"{wanted}. Leave them out to use the selection as it is."
-        )
-
-
-def _check_heads(model: nn.Module, config: IRDConfig) -> None:
-    """Refuse to train a module whole that has entries of another adapter in it."""
-    taken = [n for n, m in model.named_modules() if isinstance(m, IRDLayer)]
-    for name in taken:
-        if is_in_head(plain_name(name), config):
-            raise ValueError(
-                f"`modules_to_save` covers '{name}', in which another adapter has "
-                "selected entries. Leave it out, or use a model without that adapter."
-            )
-
-
-def _same_names(counts: Mapping[str, Any], shapes: Mapping[str, Any]) -> bool:
-    def names(tree: Mapping[str, Any]) -> set[tuple[str, str]]:
-        return {(module, name) for module, named in tree.items() for name in named}
-
-    return names(counts) == names(shapes)
-
-
-def _check_shapes(shapes: Shapes, expected: Mapping[str, Mapping[str, Any]]) -> None:
-    for module, parameters in expected.items():
-        for name, shape in parameters.items():
-            found = shapes.get(module, {}).get(name)
-            if found is not None and not _fits(list(shape), found):
-                raise ValueError(
-                    f"The adapter was made for another base model: its "
-                    f"'{module}.{name}' has shape {list(shape)}, here it is {found}. "
-                    "Load the base model that adapter_config.json names."
-                )
-
-
-def _fits(shape: list[int], found: list[int]) -> bool:
-    """Return whether flat positions mean the same: rows may have been added."""
-    has_more_rows = len(shape) == 2 and shape[1:] == found[1:] and shape[0] < found[0]
-    return shape == found or has_more_rows

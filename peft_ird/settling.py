@@ -1,0 +1,138 @@
+"""Which entries an injection is to have, and whether they fit the model."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_ird.config import IRDConfig
+from peft_ird.injection import Shapes, parameter_shapes
+from peft_ird.layer import IRDLayer
+from peft_ird.record import check_base, provenance
+from peft_ird.sparse.coding import pack
+from peft_ird.sparse.storage import CODED, VALUES, Entries, entry_counts, plain_name
+from peft_ird.targets import is_in_head, resolve_targets, select_parameters
+
+__all__ = ["fitted", "same_names", "settle"]
+
+
+def settle(
+    model: nn.Module, config: IRDConfig, state_dict: Mapping[str, Tensor] | None
+) -> None:
+    """Decide on the entries and write them into the config, or leave it untouched.
+
+    Args:
+        model: The base model; it is not changed.
+        config: The configuration.
+        state_dict: Saved tensors that tell which entries to make room for.
+
+    Raises:
+        ValueError: If data, options, a selection or a file do not fit the model.
+    """
+    if state_dict is not None:
+        counts = entry_counts(state_dict)
+        shapes = parameter_shapes(model, counts)
+        config.selection = None
+    elif config.awaits_weights:
+        assert config.nnz_pattern is not None
+        counts = config.nnz_pattern
+        shapes = parameter_shapes(model, counts)
+        _check_shapes(shapes, config.shape_pattern or {})
+        if config._entries is not None and not config.ignore_base_mismatch:
+            check_base(model, config._entries, config.fingerprint or {})
+        # The file's tensors are as large as these shapes say; rows may have been added.
+        shapes = config.shape_pattern or shapes
+        config._entries = None
+    elif config.selection is None and not resolve_targets(model, config):
+        config.nnz_pattern = config.shape_pattern = None
+        return  # PEFT knows best what to say
+    else:
+        _check_heads(model, config)
+        selection = config.selection or select_parameters(model, config)
+        counts = selection.counts
+        shapes = parameter_shapes(model, counts)
+        _check_shapes(shapes, selection.shapes)
+        selection.check()
+        _check_size(config, len(selection), selection.num_candidates)
+        config.selection = selection
+        config.provenance, config.fingerprint = provenance(selection), None
+    config.nnz_pattern, config.shape_pattern = counts, shapes
+
+
+def fitted(
+    tensors: Mapping[str, Tensor], entries: Entries, shapes: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return saved tensors with the sizes and types that the layers have.
+
+    Args:
+        tensors: Saved tensors in the present format.
+        entries: The indices that are in them.
+        shapes: Shapes that the layers' codes are sized for.
+    """
+    fitted = {}
+    for key, tensor in tensors.items():
+        fitted[key] = tensor
+        if key.endswith(CODED):
+            module = plain_name(key).removesuffix(CODED)
+            indices = {name: at for name, (at, _) in entries[module].items()}
+            numels = {name: math.prod(s) for name, s in shapes[module].items()}
+            fitted[key] = pack(indices, numels)
+        elif VALUES in key and tensor.dtype == torch.bfloat16:
+            fitted[key] = tensor.float()
+    return fitted
+
+
+def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
+    wanted = config.budget
+    if config.density is not None:
+        wanted = max(1, round(config.density * candidates))
+    if wanted is not None and wanted != size:
+        raise ValueError(
+            f"`selection` has {size} entries, but `density` or `budget` asks for "
+            f"{wanted}. Leave them out to use the selection as it is."
+        )
+
+
+def _check_heads(model: nn.Module, config: IRDConfig) -> None:
+    """Refuse to train a module whole that has entries of another adapter in it."""
+    taken = [n for n, m in model.named_modules() if isinstance(m, IRDLayer)]
+    for name in taken:
+        if is_in_head(plain_name(name), config):
+            raise ValueError(
+                f"`modules_to_save` covers '{name}', in which another adapter has "
+                "selected entries. Leave it out, or use a model without that adapter."
+            )
+
+
+def same_names(counts: Mapping[str, Any], shapes: Mapping[str, Any]) -> bool:
+    """Return whether two trees have the same parameters of the same modules.
+
+    Args:
+        counts: Anything per module and parameter.
+        shapes: Anything per module and parameter.
+    """
+
+    def names(tree: Mapping[str, Any]) -> set[tuple[str, str]]:
+        return {(module, name) for module, named in tree.items() for name in named}
+
+    return names(counts) == names(shapes)
+
+
+def _check_shapes(shapes: Shapes, expected: Mapping[str, Mapping[str, Any]]) -> None:
+    for module, parameters in expected.items():
+        for name, shape in parameters.items():
+            found = shapes.get(module, {}).get(name)
+            if found is not None and not _fits(list(shape), found):
+                raise ValueError(
+                    f"The adapter was made for another base model: its "
+                    f"'{module}.{name}' has shape {list(shape)}, here it is {found}. "
+                    "Load the base model that adapter_config.json names."
+                )
+
+
+def _fits(shape: list[int], found: list[int]) -> bool:
+    """Return whether flat positions mean the same: rows may have been added."""
+    has_more_rows = len(shape) == 2 and shape[1:] == found[1:] and shape[0] < found[0]
+    return shape == found or has_more_rows
