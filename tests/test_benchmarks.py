@@ -111,3 +111,17 @@ def test_a_clustered_mask_uses_few_rows_and_fewer_columns(shape):
         if shape == "tiny-gpt2":
             rows, columns = columns, rows
         assert len(columns.unique()) <= 2 < len(rows.unique())
+
+
+def test_the_sizes_of_files_are_measured(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    file_size = importlib.import_module("file_size")
+    path = tmp_path / "sizes.json"
+    arguments = ["--models", "tiny", "--densities", "0.05", "--output", str(path)]
+    file_size.main(arguments)
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    methods = [row["method"] for row in rows]
+    assert methods == ["IRD"] * 4 + ["SHiRA", "Super-Tuning"]
+    ours = [row["entries"] for row in rows[:4]]
+    assert set(ours) == {ours[0]}
+    assert rows[1]["bytes"] < rows[0]["bytes"] < rows[5]["bytes"]
