@@ -158,5 +158,29 @@ def saved(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
     }
 
 
+def table(results: dict[str, Any]) -> str:
+    """Return README's table: bytes per entry for each file of the largest model.
+
+    Args:
+        results: What `main` wrote.
+    """
+    name = results["rows"][-1]["model"]
+    rows = [row for row in results["rows"] if row["model"] == name]
+    densities = sorted({row["density"] for row in rows})
+    lines = [
+        "| | " + " | ".join(f"{100 * density:g} %" for density in densities) + " |",
+        "|---|" + "---:|" * len(densities),
+    ]
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        mask = f", {row['mask']} mask" if "mask" in row else ""
+        title = f"{row['method']}, {row['values']}{mask}"
+        found.setdefault(title, []).append(f"{row['bytes_per_entry']:.2f}")
+    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in found.items()]
+    used = ", ".join(f"{k} {v}" for k, v in results["versions"].items() if k == "peft")
+    note = f"{name}, random weights, all linear layers, no head; {used}."
+    return "\n".join([*lines, "", note])
+
+
 if __name__ == "__main__":
     main()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import file_size
 import option_study
 import selection_speed
 import selection_stairs
@@ -158,11 +159,17 @@ def options_table() -> str:
     return option_study.table(read("option-study"))
 
 
+def files_table() -> str:
+    """Return the table of bytes per entry."""
+    return file_size.table(read("file-size"))
+
+
 TABLES = {
     "quickstart": quickstart_table,
     "selection": selection_table,
     "step": step_table_or_none,
     "options": options_table,
+    "files": files_table,
 }
 
 

@@ -119,7 +119,9 @@ def test_the_sizes_of_files_are_measured(monkeypatch, tmp_path):
     path = tmp_path / "sizes.json"
     arguments = ["--models", "tiny", "--densities", "0.05", "--output", str(path)]
     file_size.main(arguments)
-    rows = json.loads(path.read_text("utf-8"))["rows"]
+    results = json.loads(path.read_text("utf-8"))
+    rows = results["rows"]
+    assert "| IRD, float32, random mask | " in file_size.table(results)
     methods = [row["method"] for row in rows]
     assert methods == ["IRD"] * 4 + ["SHiRA", "Super-Tuning"]
     ours = [row["entries"] for row in rows[:4]]
