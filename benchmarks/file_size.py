@@ -179,7 +179,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in found.items()]
     used = ", ".join(f"{k} {v}" for k, v in results["versions"].items() if k == "peft")
     note = f"{name}, random weights, all linear layers, no head; {used}."
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", note, ""])
 
 
 if __name__ == "__main__":
