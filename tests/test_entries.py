@@ -65,7 +65,8 @@ def balanced(group, inside, groups, number) -> list[float]:
         s for i, s in enumerate(group) if inside is None or start + i in set(inside)
     ]
     mean = sum(counted) / max(1, len(counted))
-    return [s / torch.tensor(mean).item() if mean > 0 else s for s in group]
+    # Divided in float32, as ties depend on the rounding.
+    return [(torch.tensor(s) / mean).item() if mean > 0 else s for s in group]
 
 
 @pytest.mark.parametrize("scope", SCOPES)

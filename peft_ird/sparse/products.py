@@ -30,6 +30,8 @@ def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     """
     rows, width = left.shape[1], right.shape[1]
     step = max(1, _TILE_BYTES // max(1, width * torch.float32.itemsize))
+    if rows <= step and width < rows:  # faster with few rows than with few columns
+        return _product(right, left).t().flatten()[places]
     if rows <= step or left.is_cuda:
         return _product(left, right).flatten()[places]
     starts = range(0, rows, step)
