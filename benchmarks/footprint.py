@@ -93,7 +93,14 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Record:
     trained = [p for p in model.parameters() if p.requires_grad]
     entries = sum(p.numel() for p in trained)
     parts = {
-        "indices": [b for n, b in model.named_buffers() if "irdelta_indices" in n],
+        "indices": [b for n, b in model.named_buffers() if "irdelta" in n],
+        "supports": [
+            tensor
+            for module in model.modules()
+            for named in getattr(module, "_supports", {}).values()
+            for support in named.values()
+            for tensor in (support.rows, support.columns)
+        ],
         "values": trained,
         "gradients": [p.grad for p in trained if p.grad is not None],
         "moments": [

@@ -20,13 +20,15 @@ class Holding(Merging):
     """The part of a layer that holds indices and checks those from outside.
 
     The coded form is what is saved and loaded, by whichever library, and has the size
-    that the configuration tells. The plain form is made of it when it is first used.
+    that the configuration tells. The plain form is made of it when it is first used;
+    from then on the code is there only while it is saved or loaded.
     """
 
-    irdelta_coded: Any  # adapter -> code of all its indices, uint8
+    irdelta_coded: Any  # adapter -> code of all its indices, uint8; until it is read
     irdelta_indices: Any  # the same as [k] per parameter; read it by `_indices`
     _unchecked: set[str]
     _fingerprints: dict[str, Mapping[str, str]]
+    _numels: dict[str, dict[str, int]]  # entries of each parameter, for the code
     _supports: dict[str, dict[str, Support]]  # of matrices
 
     def _hold(
@@ -44,18 +46,35 @@ class Holding(Merging):
             room = torch.full((count,), -1, dtype=index_dtype(weights[name].numel()))
             found = room if indices is None else indices[name].to(room.dtype, copy=True)
             plain[name] = found.to(device_of(weights[name]))
-        if indices is None:
-            size = packed_size(counts, numels)
-            coded = torch.full((size,), 255, dtype=torch.uint8)
-            self._unchecked.add(adapter)
-        else:
-            coded = pack(indices, numels)
-            self._unchecked.discard(adapter)
-        device = next((device_of(weight) for weight in weights.values()), None)
-        self.irdelta_coded[adapter] = coded.to(device)
         self.irdelta_indices[adapter] = plain
-        if indices is not None:
-            self._find_supports(adapter)
+        if indices is None:
+            self._make_room(adapter, packed_size(counts, numels))
+        else:
+            self._settle(adapter, {name: numels[name] for name in counts})
+
+    def _make_room(self, adapter: str, size: int) -> None:
+        """Await a code of so many bytes."""
+        weights = map(self._base_parameter, self.entry_counts(adapter))
+        device = next((device_of(weight) for weight in weights), None)
+        blank = torch.full((size,), 255, dtype=torch.uint8, device=device)
+        self.irdelta_coded[adapter] = blank
+        self._unchecked.add(adapter)
+
+    def _settle(self, adapter: str, numels: dict[str, int]) -> None:
+        """Note that the plain indices are those of the adapter."""
+        self._numels[adapter] = numels
+        self._unchecked.discard(adapter)
+        if adapter in self.irdelta_coded:
+            del self.irdelta_coded[adapter]
+        self._find_supports(adapter)
+
+    def _codes(self) -> dict[str, Tensor]:
+        """Return the codes of the adapters whose indices are plain."""
+        return {
+            adapter: pack(dict(plain.items()), self._numels[adapter])
+            for adapter, plain in self.irdelta_indices.items()
+            if adapter not in self.irdelta_coded
+        }
 
     def _indices(self, adapter: str) -> dict[str, Tensor]:
         """Return an adapter's sorted flat positions per parameter. Shape ``[k]``."""
@@ -120,6 +139,7 @@ class Holding(Merging):
         counts = self.entry_counts(adapter)
         decoded = unpack(self.irdelta_coded[adapter], counts, type(self).__name__)
         found = {name: indices for name, (indices, _) in decoded.items()}
+        numels = {name: numel for name, (_, numel) in decoded.items()}
         for name, indices in found.items():
             check_indices(indices, self._base_parameter(name).numel(), name)
         expected = self._fingerprints.get(adapter)
@@ -135,8 +155,7 @@ class Holding(Merging):
         for name, indices in found.items():
             plain[name] = indices.to(device_of(self._base_parameter(name)))
         self._fingerprints.pop(adapter, None)
-        self._unchecked.discard(adapter)
-        self._find_supports(adapter)
+        self._settle(adapter, numels)
 
     def _find_supports(self, adapter: str) -> None:
         plain = self.irdelta_indices[adapter]

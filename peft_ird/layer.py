@@ -36,7 +36,7 @@ class IRDLayer(nn.Module, Holding):
         super().__init__()
         self.base_layer = base_layer
         self.irdelta_values: Any = nn.ModuleDict()  # adapter -> parameter -> values [k]
-        self.irdelta_coded: Any = BufferDict(persistent=True)  # adapter -> uint8 code
+        self.irdelta_coded: Any = BufferDict(persistent=True)  # adapter -> code to read
         self.irdelta_indices: Any = nn.ModuleDict()  # the same, adapter -> parameter
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
@@ -45,6 +45,7 @@ class IRDLayer(nn.Module, Holding):
         self._unchecked = set()
         self._supports = {}
         self._fingerprints = {}
+        self._numels = {}
         # Parameters that another layer owns too; that layer has the deltas.
         self._shared: dict[str, tuple[IRDLayer, str]] = {}
         self.in_features, self.out_features = self._features(self.get_base_layer())
@@ -199,9 +200,31 @@ class IRDLayer(nn.Module, Holding):
             self._find_supports(adapter)  # where the indices are now
         return module
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unchecked.update(self.irdelta_values)
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for adapter, code in self._codes().items():
+            destination[f"{prefix}irdelta_coded.{adapter}"] = code
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *lists: list[str],
+    ) -> None:
+        for adapter in self.irdelta_values:
+            key = f"{prefix}irdelta_coded.{adapter}"
+            if key in state_dict:
+                self._make_room(adapter, state_dict[key].numel())
+            elif strict and adapter not in self.irdelta_coded:
+                missing.append(key)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, *lists
+        )
 
     def parameter_in_force(self, name: str) -> Tensor:
         """Return a base parameter with the deltas of the active adapters.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -432,3 +432,26 @@ def test_the_operators_pass_the_checks_of_torch():
     ids = torch.tensor([0, 2])
     rows = torch.randn(2, 4, requires_grad=True)
     torch.library.opcheck(ops.plus_rows.default, (rows, ids, values, indices, -1))
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_an_entry_takes_twenty_bytes_with_adam(is_loaded, tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64), nn.Embedding(50, 8), nn.LayerNorm(8))
+    config = IRDConfig(density=0.7, method="random")
+    model = get_peft_model(copy.deepcopy(base), config)
+    if is_loaded:
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained)
+    for layer in model.base_model.model:
+        ids = torch.zeros(2, dtype=torch.long)
+        x = ids if layer.in_features == 50 else torch.randn(2, layer.in_features)
+        layer(x).sum().backward()
+    optimizer.step()
+    state = [b for n, b in model.named_buffers() if "irdelta" in n]
+    state += [*trained, *(p.grad for p in trained)]
+    state += [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+    entries = sum(p.numel() for p in trained)
+    assert sum(t.nbytes for t in state) == 20 * entries
