@@ -58,6 +58,8 @@ def gather(tensor: Tensor, indices: Tensor) -> Tensor:
     Returns:
         A copy of the entries. Shape ``[k]``, dtype of ``tensor``.
     """
+    if tensor.is_contiguous():
+        return tensor.view(-1)[indices.long()]
     return tensor[_position(tensor, indices)]
 
 
@@ -69,7 +71,10 @@ def scatter_(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
         indices: Distinct flat positions. Shape ``[k]``, integer.
         values: New entries. Shape ``[k]``, dtype of ``tensor``.
     """
-    tensor[_position(tensor, indices)] = values
+    if tensor.is_contiguous():
+        tensor.view(-1)[indices.long()] = values
+    else:
+        tensor[_position(tensor, indices)] = values
 
 
 def _position(tensor: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
