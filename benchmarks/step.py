@@ -6,6 +6,7 @@ python benchmarks/step.py --device cuda --dtype bfloat16 --shapes llama-1b
 """
 
 import argparse
+import copy
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from peft_ird import IRDConfig
 
 PARTS = ("speed", "peak", "switch", "growth")
 PEAKS = ("floor", "ird", "lora-8", "shira", "supertuning", "full")
+WRITING = ("full", "bitfit")  # those who train the base weights themselves
 GROWING = ("floor", "ird", "ird-random", "lora-8")
 AXES: dict[str, Sequence[float]] = {
     "density": (0.0002, 0.001, 0.005, 0.025),
@@ -148,10 +150,12 @@ def compare(
     """Time steps in turn and count what is kept, after a step as a warm-up."""
     runners: dict[str, Runner] = {}
     rows: dict[str, Record] = {}
+    base = build(shape, options.seed, options.device, options.dtype)
     for each in everyone:
         row = rows[each.label] = {"name": each.name, "density": each.density}
         try:
-            runners[each.label], more = prepare(each, shape, options)
+            own = copied(base, share=each.name not in WRITING)
+            runners[each.label], more = prepare(each, own, shape, options)
             row |= more
         except Exception as error:  # what a peer raises is a finding
             row["error"] = f"{type(error).__name__}: {error}"
@@ -164,11 +168,16 @@ def compare(
     return {"batch": shape.batch, "length": shape.length, "trainees": rows}
 
 
+def copied(model: nn.Module, share: bool) -> nn.Module:
+    """Return a copy of a frozen model, with or without weights of its own."""
+    memo = {id(p): p for p in model.parameters()} if share else {}
+    return copy.deepcopy(model, memo)
+
+
 def prepare(
-    each: Trainee, shape: Shape, options: argparse.Namespace
+    each: Trainee, model: nn.Module, shape: Shape, options: argparse.Namespace
 ) -> tuple[Runner, Record]:
     """Build a contestant, take one step, and return its sizes beside it."""
-    model = build(shape, options.seed, options.device, options.dtype)
     model, batch = each.build(model), draw(shape, options.seed, options.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     runner = Runner(model, batch, torch.optim.AdamW(trained) if trained else None)
