@@ -4,12 +4,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
-__all__ = ["with_delta"]
+__all__ = ["unlent", "with_delta"]
 
 # Threads that use one weight wait for each other; a weight finds its lock by address.
-_LOCKS = tuple(threading.Lock() for _ in range(64))
+# Large tensors start at one place in their pages, which a prime number spreads.
+_LOCKS = tuple(threading.Lock() for _ in range(61))
 _ALIGNMENT = 64
 
 
@@ -17,8 +19,9 @@ _ALIGNMENT = 64
 def with_delta(weight: Tensor, indices: Tensor, values: Tensor) -> Iterator[Tensor]:
     """Write a delta into a weight; every bit is put back, whatever happens inside.
 
-    Memory that other processes see is left alone: they get no lock. There, and where
-    flat positions are not those in memory, a copy has the delta.
+    Memory that other processes see is left alone: they get no lock. There, where flat
+    positions are not those in memory, and where torch forbids to write (to what was
+    made in inference mode, outside it), a copy has the delta.
 
     Args:
         weight: The weight; autograd does not notice what is done to it.
@@ -29,16 +32,37 @@ def with_delta(weight: Tensor, indices: Tensor, values: Tensor) -> Iterator[Tens
         The weight with the delta, for use inside only.
     """
     lent, places = weight.data, indices.long()
-    if not lent.is_contiguous() or (lent.device.type == "cpu" and lent.is_shared()):
-        lent = lent.contiguous() if not lent.is_contiguous() else lent.clone()
+    if not _is_lendable(lent):
+        lent = lent.clone(memory_format=torch.contiguous_format)
         lent.view(-1)[places] += values.detach().to(lent.dtype)
         yield lent
         return
     flat = lent.view(-1)
-    with _LOCKS[lent.data_ptr() // _ALIGNMENT % len(_LOCKS)]:
+    with _lock(lent):
         kept = flat[places]
         try:
             flat[places] = kept + values.detach().to(lent.dtype)
             yield lent
         finally:
             flat[places] = kept
+
+
+@contextmanager
+def unlent(weight: Tensor) -> Iterator[None]:
+    """Keep deltas of other threads out of a weight.
+
+    Args:
+        weight: The weight, for reading.
+    """
+    with _lock(weight):
+        yield
+
+
+def _is_lendable(weight: Tensor) -> bool:
+    is_seen = weight.device.type == "cpu" and weight.is_shared()
+    is_locked = weight.is_inference() and not torch.is_inference_mode_enabled()
+    return weight.is_contiguous() and not is_seen and not is_locked
+
+
+def _lock(weight: Tensor) -> threading.Lock:
+    return _LOCKS[weight.data_ptr() // _ALIGNMENT % len(_LOCKS)]

@@ -78,7 +78,9 @@ def _warn_of_nothing() -> None:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    if left.is_cuda and left.dtype in {torch.bfloat16, torch.float16}:
+    # Under autocast the two may differ: outputs are low, inputs may be float32.
+    is_low = left.dtype == right.dtype and left.dtype.itemsize == 2
+    if left.is_cuda and is_low:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return _computable(left).t() @ _computable(right)
 
