@@ -128,6 +128,10 @@ class Holding(Merging):
         """Decode and check indices that came from outside, before they are used."""
         if adapter not in self._unchecked:
             return
+        plain = self.irdelta_indices[adapter]
+        if adapter not in self.irdelta_coded or any(t.is_meta for t in plain.values()):
+            self._check_plain(adapter)
+            return
         if self.is_unloaded(adapter):
             raise ValueError(
                 f"Adapter '{adapter}' was set up from a saved configuration, but its "
@@ -151,20 +155,28 @@ class Holding(Merging):
                 "the base model that adapter_config.json names, or set the "
                 "configuration's `ignore_base_mismatch` to True before loading."
             )
-        plain = self.irdelta_indices[adapter]
         for name, indices in found.items():
             plain[name] = indices.to(device_of(self._base_parameter(name)))
         self._fingerprints.pop(adapter, None)
         self._settle(adapter, numels)
 
+    def _check_plain(self, adapter: str) -> None:
+        """Check indices that were moved, as `to_empty` leaves none; meta has none."""
+        for name, indices in self.irdelta_indices[adapter].items():
+            if not indices.is_meta:
+                check_indices(indices, self._base_parameter(name).numel(), name)
+        self._unchecked.discard(adapter)
+        self._find_supports(adapter)
+
     def _find_supports(self, adapter: str) -> None:
         plain = self.irdelta_indices[adapter]
         shapes = {name: self._base_parameter(name).shape for name in plain}
-        self._supports[adapter] = {
-            name: Support.of(plain[name], shape, torch.float32)
-            for name, shape in shapes.items()
-            if len(shape) == 2
-        }
+        with torch.inference_mode(False):  # else no backward pass could use them
+            self._supports[adapter] = {
+                name: Support.of(plain[name], shape, torch.float32)
+                for name, shape in shapes.items()
+                if len(shape) == 2
+            }
 
 
 _PLAIN = (Tensor, nn.Parameter)

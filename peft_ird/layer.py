@@ -1,6 +1,7 @@
 """The layer that applies sparse deltas to the parameters of a module."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class IRDLayer(nn.Module, Holding):
         self._numels = {}
         # Parameters that another layer owns too; that layer has the deltas.
         self._shared: dict[str, tuple[IRDLayer, str]] = {}
+        self._is_tied = False  # whether another layer uses a parameter of this one
+        self.register_load_state_dict_post_hook(_check_what_was_loaded)  # type: ignore[no-untyped-call]
         self.in_features, self.out_features = self._features(self.get_base_layer())
 
     @staticmethod
@@ -105,6 +108,7 @@ class IRDLayer(nn.Module, Holding):
             owned_name: The parameter's name there.
         """
         self._shared[name] = (owner, owned_name)
+        self._is_tied = owner._is_tied = True
 
     def has_entries(self, name: str) -> bool:
         """Return whether any adapter has entries in a parameter of this layer."""
@@ -190,14 +194,15 @@ class IRDLayer(nn.Module, Holding):
                 continue
             if adapter in self._unchecked:
                 self._check(adapter)
-            for name in self.irdelta_values[adapter]:
-                deltas.setdefault(name, []).append(self._delta(adapter, name))
+            for name, values in self.irdelta_values[adapter].items():
+                if values.numel():
+                    deltas.setdefault(name, []).append(self._delta(adapter, name))
         return deltas
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         module = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        for adapter in self._supports:
-            self._find_supports(adapter)  # where the indices are now
+        self._unchecked.update(self._supports)  # `to_empty` leaves no indices there
+        self._check_early()
         return module
 
     def _save_to_state_dict(
@@ -225,6 +230,12 @@ class IRDLayer(nn.Module, Holding):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, *lists
         )
+
+    def _check_early(self) -> None:
+        """Check what can be checked, for compilers; errors wait until it is used."""
+        for adapter in tuple(self._unchecked):
+            with suppress(ValueError):
+                self._check(adapter)
 
     def parameter_in_force(self, name: str) -> Tensor:
         """Return a base parameter with the deltas of the active adapters.
@@ -261,3 +272,7 @@ class IRDLayer(nn.Module, Holding):
 
     def __repr__(self) -> str:
         return "ird." + super().__repr__()
+
+
+def _check_what_was_loaded(layer: IRDLayer, _: Any) -> None:
+    layer._check_early()
