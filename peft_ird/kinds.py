@@ -1,6 +1,6 @@
 """Kinds of layers: one per way in which a module uses its parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,15 @@ from transformers.pytorch_utils import Conv1D
 from peft_ird.layer import Deltas, IRDLayer
 from peft_ird.merging import is_low_precision
 from peft_ird.sparse.delta import SparseDelta
-from peft_ird.sparse.embedding import plus_rows
+from peft_ird.sparse.embedding import plus_rows, rows_of
 from peft_ird.sparse.linear import linear, plus_product
 from peft_ird.sparse.ops import add_deltas, sum_dense
-from peft_ird.sparse.ways import way_in_force
-from peft_ird.substitution import with_parameters
+from peft_ird.sparse.ways import is_autocast, is_transformed, way_in_force
+from peft_ird.substitution import with_forward, with_parameters
 
 __all__ = [
     "Affine",
+    "CustomEmbedding",
     "CustomLinear",
     "Embedding",
     "Linear",
@@ -46,6 +47,32 @@ class Affine(IRDLayer):
             name: sum_dense(found, torch.float32) for name, found in deltas.items()
         }
         return output + self._output_share(dense, *args, **kwargs).to(output.dtype)
+
+    def _is_simple_call(
+        self, deltas: Deltas, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Return whether the operators for sparse deltas can serve a call."""
+        is_broken = torch.compiler.is_compiling() and not self._is_alone()
+        has_one = _has_one_input(args, kwargs, deltas)
+        return has_one and not is_broken and not is_transformed()
+
+    def _is_alone(self) -> bool:
+        """Return whether the base layer has neither hooks nor another tuner on it."""
+        base = self.get_base_layer()
+        return base is self.base_layer and not _has_hooks(base)
+
+    def _call_and(self, add: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Add to the base layer's output what hooks and other tuners see as its own."""
+        if self._is_alone():
+            return add(self._run_base(x), x)
+        layer = with_forward(self.base_layer, lambda x: add(self._run_base(x), x))
+        output: Tensor = layer(x)
+        return output
+
+    def _run_base(self, x: Tensor) -> Tensor:
+        """Run the base layer without its hooks."""
+        output: Tensor = self.get_base_layer().forward(x)
+        return output
 
     def _output_share(
         self, dense: Mapping[str, Tensor], *args: Any, **kwargs: Any
@@ -91,23 +118,35 @@ class Norm(Affine):
         return size, size
 
 
-class Embedding(Affine):
-    """``nn.Embedding``: weight ``[tokens, o]``."""
+class CustomEmbedding(Affine):
+    """A subclass of ``nn.Embedding`` with a forward of its own."""
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
         return base_layer.num_embeddings, base_layer.embedding_dim
 
+
+class Embedding(CustomEmbedding):
+    """``nn.Embedding``: weight ``[tokens, o]``."""
+
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
         base = self.get_base_layer()
         is_plain = base.max_norm is None and not base.scale_grad_by_freq
-        if not is_plain or not _has_one_input(args, kwargs, deltas):
+        if not is_plain or not self._is_simple_call(deltas, args, kwargs):
             return super()._run(deltas, *args, **kwargs)
-        (ids,) = args
-        y = self.base_layer(ids)
-        for delta in deltas["weight"]:
-            y = plus_rows(y, ids, delta, base.padding_idx)
-        return y
+
+        def add(y: Tensor, ids: Tensor) -> Tensor:
+            for delta in deltas["weight"]:
+                y = plus_rows(y, ids, delta, base.padding_idx)
+            return y
+
+        return self._call_and(add, *args)
+
+    def _run_base(self, x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        if not self._is_tied or base.weight.requires_grad or "forward" in vars(base):
+            return super()._run_base(x)
+        return rows_of(base.weight, x)
 
 
 class Linear(Affine):
@@ -126,15 +165,18 @@ class Linear(Affine):
         return base_layer.in_features, base_layer.out_features
 
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
-        if "weight" not in deltas or not _has_one_input(args, kwargs, deltas):
+        if "weight" not in deltas or not self._is_simple_call(deltas, args, kwargs):
             return super()._run(deltas, *args, **kwargs)
-        (x,) = args
-        if self.is_applied_in_weight(x):
-            return self._run_in_weight(deltas, x)
-        y = self._with_products(self.base_layer(x), x, deltas["weight"])
-        for delta in deltas.get("bias", ()):
-            y = (y + delta.to_dense(delta.values.dtype)).to(y.dtype)
-        return y
+        if self.is_applied_in_weight(*args):
+            return self._run_in_weight(deltas, *args)
+
+        def add(y: Tensor, x: Tensor) -> Tensor:
+            y = self._with_products(y, x, deltas["weight"])
+            for delta in deltas.get("bias", ()):
+                y = (y + delta.to_dense(delta.values.dtype)).to(y.dtype)
+            return y
+
+        return self._call_and(add, *args)
 
     def is_applied_in_weight(self, x: Tensor) -> bool:
         """Return whether the delta goes into the weight for the call with this input.
@@ -148,13 +190,13 @@ class Linear(Affine):
         base = self.get_base_layer()
         weight = base.weight  # under FSDP no parameter, but a view
         return (
-            base is self.base_layer
-            and not _is_observed(base)
+            self._is_alone()
+            and "forward" not in base.__dict__
             and type(weight) in {Tensor, nn.Parameter}
             and weight.dtype in {torch.float32, torch.float64}
             and not weight.requires_grad
             and x.dtype == weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and not is_autocast(x.device.type)
         )
 
     def _run_in_weight(self, deltas: Deltas, x: Tensor) -> Tensor:
@@ -197,9 +239,8 @@ def _has_one_input(
     )
 
 
-def _is_observed(module: nn.Module) -> bool:
-    """Return whether anything but the module's own forward takes part in a call."""
-    return "forward" in module.__dict__ or any(
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
         getattr(module, hooks)
         for hooks in (
             "_forward_hooks",
@@ -218,6 +259,7 @@ class CustomLinear(IRDLayer):
 _KINDS: list[tuple[type[nn.Module], type[IRDLayer]]] = [
     (nn.Linear, Linear),
     (Conv1D, TransposedLinear),
+    (nn.Embedding, Embedding),
     (nn.LayerNorm, Norm),
     (nn.Conv1d, Affine),
     (nn.Conv2d, Affine),
@@ -240,7 +282,7 @@ def wrap(module: nn.Module) -> IRDLayer:
     if isinstance(base, nn.Linear):
         return CustomLinear(module)
     if isinstance(base, nn.Embedding):
-        return Embedding(module)
+        return CustomEmbedding(module)
     if type(base).__name__.endswith("RMSNorm"):
         return Norm(module)
     return IRDLayer(module)

@@ -1,14 +1,14 @@
 """Calling a module with other parameters than its own."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-__all__ = ["call_with_parameters", "with_parameters"]
+__all__ = ["call_with_parameters", "with_forward", "with_parameters"]
 
 
 def call_with_parameters(
@@ -58,4 +58,20 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.M
         for name in parameters:  # FSDP keeps views of its flat parameter there
             clone.__dict__.pop(name, None)
         clone._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
+    return clone
+
+
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Return a shallow copy of a module with another forward, inside its own hooks.
+
+    Args:
+        module: A module, or a tuner layer around one, which then computes with it.
+        forward: What the module, or the innermost one, does instead.
+    """
+    clone = copy.copy(module)
+    if isinstance(module, BaseTunerLayer):
+        inner = with_forward(module.base_layer, forward)
+        clone._modules = {**module._modules, "base_layer": inner}
+    else:
+        clone.forward = forward
     return clone

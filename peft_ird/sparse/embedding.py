@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ird.sparse.delta import SparseDelta
+from peft_ird.sparse.lending import unlent
 
-__all__ = ["plus_rows"]
+__all__ = ["plus_rows", "rows_of"]
 
 _NO_PADDING = -1
 
@@ -29,6 +31,31 @@ def plus_rows(
     padding = _NO_PADDING if padding_idx is None else padding_idx
     out: Tensor = _plus_rows(y, ids, delta.values, delta.indices, padding)
     return out
+
+
+def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
+    """Look up rows of a frozen table into which a linear layer may put its delta.
+
+    Args:
+        weight: The table. Shape ``[rows, i]``; gets no gradient.
+        ids: Rows. Shape ``[*]``, integer.
+
+    Returns:
+        Shape ``[*, i]``, dtype of ``weight``.
+    """
+    out: Tensor = _rows_of(weight, ids)
+    return out
+
+
+@torch.library.custom_op("peft_ird::rows_of", mutates_args=())
+def _rows_of(weight: Tensor, ids: Tensor) -> Tensor:
+    with unlent(weight):
+        return F.embedding(ids, weight)
+
+
+@_rows_of.register_fake
+def _(weight: Tensor, ids: Tensor) -> Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
 
 
 @torch.library.custom_op("peft_ird::plus_rows", mutates_args=())

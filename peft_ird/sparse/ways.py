@@ -4,9 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+from torch.autograd import forward_ad
+
 from peft_ird.sparse.products import METHODS
 
-__all__ = ["WAYS", "forced", "gradient_in_force", "way_in_force"]
+__all__ = [
+    "WAYS",
+    "forced",
+    "gradient_in_force",
+    "is_autocast",
+    "is_transformed",
+    "way_in_force",
+]
 
 WAYS = ("in_weight", "separate")
 
@@ -55,3 +65,19 @@ def way_in_force() -> str | None:
 def gradient_in_force(chosen: str) -> str:
     """Return the method that is forced, or else the one that was chosen."""
     return _FORCED.gradient or chosen
+
+
+def is_transformed() -> bool:
+    """Return whether functions are transformed or differentiated forward.
+
+    Custom operators allow neither, and forward mode would find silent zeros.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    is_in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return is_in_functorch or forward_ad._current_level >= 0
+
+
+def is_autocast(kind: str) -> bool:
+    """Return whether autocast is on for a type of device; some know none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
