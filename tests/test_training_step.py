@@ -121,6 +121,15 @@ def test_hooks_and_subclasses_see_the_delta_as_part_of_the_weight(
     assert_close(found, model(x), **DOUBLE)
 
 
+def test_a_forward_of_the_instance_is_run():
+    model, x = adapted(nn.Linear(8, 6).double()), floats()
+    base = layer_of(model).get_base_layer()
+    without = base.forward
+    expected = model(x) + 1
+    base.forward = lambda x: without(x) + 1
+    assert_close(model(x), expected, **DOUBLE)
+
+
 @pytest.mark.parametrize("is_inner", [False, True])
 @pytest.mark.parametrize(
     "other",
@@ -234,17 +243,19 @@ def test_weights_made_in_inference_mode_can_be_used_outside():
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_loaded_adapter_compiles_whole(kind, backend, dtype):
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_moved_or_loaded_adapter_compiles_whole(kind, backend, dtype, is_loaded):
     torch.compiler.reset()
     make, data = LAYERS[kind]
     model = adapted(make().double()).to(dtype)
-    model.load_state_dict(model.state_dict())
     x = data()
     x = x.to(dtype) if x.is_floating_point() else x
-    expected = model(x)
+    plain = copy.deepcopy(model)
+    expected = plain(x)
     expected.sin().sum().backward()
-    wanted = {name: g.clone() for name, g in gradients(model).items()}
-    model.zero_grad()
+    wanted = gradients(plain)
+    if is_loaded:
+        model.load_state_dict(plain.state_dict())
     found = torch.compile(model, backend=backend, fullgraph=True)(x)
     assert_close(found, expected, **TOL[dtype])
     found.sin().sum().backward()
