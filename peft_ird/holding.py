@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ird._registration import BufferDict
-from peft_ird.merging import Merging
+from peft_ird.merging import Merging, is_low_precision
 from peft_ird.sparse.coding import is_blank, pack, packed_size, unpack
 from peft_ird.sparse.delta import check_indices, index_dtype
 from peft_ird.sparse.fingerprint import differs, fingerprint
@@ -169,14 +169,14 @@ class Holding(Merging):
         self._find_supports(adapter)
 
     def _find_supports(self, adapter: str) -> None:
-        plain = self.irdelta_indices[adapter]
-        shapes = {name: self._base_parameter(name).shape for name in plain}
+        found = {}
         with torch.inference_mode(False):  # else no backward pass could use them
-            self._supports[adapter] = {
-                name: Support.of(plain[name], shape, torch.float32)
-                for name, shape in shapes.items()
-                if len(shape) == 2
-            }
+            for name, indices in self.irdelta_indices[adapter].items():
+                weight = self._base_parameter(name)
+                dtype = weight.dtype if is_low_precision(weight) else torch.float32
+                if weight.ndim == 2:
+                    found[name] = Support.of(indices, weight.shape, dtype)
+        self._supports[adapter] = found
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -40,7 +40,7 @@ class Support:
         Args:
             indices: Sorted flat positions. Shape ``[k]``, integer.
             shape: Shape of the matrix.
-            dtype: Type of the values.
+            dtype: Type of the inputs and of the output's gradient.
         """
         if indices.is_meta:
             none = indices.new_empty(0, dtype=torch.int32)
