@@ -205,3 +205,13 @@ def decoded_indices(bits: list[int], k: int, numel: int) -> tuple[list[int], int
         low_part = sum(bit << place for place, bit in enumerate(low))
         indices.append((high << low_bits) + low_part)
     return indices, used
+
+
+def product_entries(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
+    """Compute entries of ``left.T @ right`` in float64, one after the other."""
+    width = right.shape[1]
+    found = [
+        (left[:, place // width].double() * right[:, place % width].double()).sum()
+        for place in places.tolist()
+    ]
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)

@@ -11,13 +11,16 @@ from functools import cache
 
 import torch
 
-from peft_ird.sparse.products import METHODS, by_block, by_sampling
+from peft_ird.sparse.products import METHODS, available
 
 __all__ = ["Costs", "calibrated", "cheapest"]
 
 # Blocks below this are computed faster than anything could be decided about them.
 _SMALL = 1 << 14
-_TOKENS, _SIDE, _EVERY = 512, 768, 50  # of the products that are timed
+# Tokens and side of the products that are timed. A GPU would be through with smaller
+# ones before the next is launched.
+_TIMED = {"cpu": (512, 768), "cuda": (4096, 2048)}
+_EVERY = 50  # of their entries is asked for
 _REPEATS = 5
 
 
@@ -28,10 +31,12 @@ class Costs:
     Args:
         sampled: An entry of a sampled product.
         moved: An element of a factor that is copied into another layout.
+        triton: An entry of the Triton kernel; infinite where it does not run.
     """
 
     sampled: float
     moved: float
+    triton: float = math.inf
 
     def of(self, method: str, block: tuple[int, int], k: int) -> float:
         """Return the cost of a method.
@@ -43,7 +48,8 @@ class Costs:
         """
         if method == "block":
             return block[0] * block[1]
-        return self.sampled * k + self.moved * (block[0] + block[1])
+        entry = self.triton if method == "triton" else self.sampled
+        return entry * k + self.moved * (block[0] + block[1])
 
 
 def cheapest(
@@ -70,30 +76,36 @@ _TYPICAL = Costs(sampled=2.0, moved=16.0)  # on two cores with MKL
 def calibrated(device: torch.device, dtype: torch.dtype) -> Costs:
     """Time the products once on a device.
 
-    Times are noisy: what is far from typical is not believed, and costs are rounded.
+    Times are rounded. Those of a CPU are noisy: what is far from typical is not
+    believed.
 
     Args:
         device: The device.
         dtype: Type of the factors.
     """
+    tokens, side = _TIMED.get(device.type, _TIMED["cpu"])
     left, right = (
-        torch.ones(_TOKENS, _SIDE, device=device, dtype=dtype) for _ in range(2)
+        torch.ones(tokens, side, device=device, dtype=dtype) for _ in range(2)
     )
-    area = _SIDE * _SIDE
-    places = torch.arange(0, area, _EVERY, device=device)
+    places = torch.arange(0, side * side, _EVERY, device=device)
 
-    def timed(run: Callable[[], object]) -> float:
-        return _seconds(run, device) / unit
+    def timed(method: str) -> float:
+        return _seconds(lambda: METHODS[method](left, right, places), device)
 
-    unit = 1.0
-    unit = timed(lambda: by_block(left, right, places)) / area
-    try:
-        sampling = timed(lambda: by_sampling(left, right, places))
-    except RuntimeError:  # the type has no sampled product on this device
-        return Costs(math.inf, math.inf)
-    moved = timed(lambda: left.t().contiguous()) / _SIDE
-    sampled = (sampling - 2 * _SIDE * moved) / len(places)
-    return Costs(_near(_TYPICAL.sampled, sampled), _near(_TYPICAL.moved, moved))
+    unit = timed("block") / side**2
+    moved = _seconds(lambda: left.t().contiguous(), device) / unit / side
+
+    def entry(method: str) -> float:
+        try:
+            return (timed(method) / unit - 2 * side * moved) / len(places)
+        except Exception:  # not for this type, or not to be compiled on this machine
+            return math.inf
+
+    sampled = entry("sampled")
+    if device.type != "cuda":
+        return Costs(_near(_TYPICAL.sampled, sampled), _near(_TYPICAL.moved, moved))
+    triton = entry("triton") if "triton" in available(device) else math.inf
+    return Costs(_rounded(sampled), _rounded(moved), _rounded(triton))
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -109,7 +121,12 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _near(typical: float, cost: float) -> float:
-    """Return a cost as a power of two, and no more than eight times off what it is."""
-    most = 3
-    exponent = round(math.log2(max(cost, 1e-9) / typical))
-    return typical * 2.0 ** max(-most, min(most, exponent))
+    """Return a cost rounded, and no more than eight times off what it is; or none."""
+    most = 8
+    near = max(typical / most, min(typical * most, _rounded(cost)))
+    return math.inf if math.isinf(cost) else near
+
+
+def _rounded(cost: float) -> float:
+    """Return a power of two."""
+    return cost if math.isinf(cost) else 2.0 ** round(math.log2(max(cost, 1e-9)))

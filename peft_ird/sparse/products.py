@@ -4,14 +4,18 @@ The gradient of a linear layer's weight is such a product. Letters in shapes: ``
 token, ``r`` rows and ``c`` columns of the product, ``k`` entries.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-__all__ = ["METHODS", "by_block", "by_sampling"]
+__all__ = [
+    "METHODS", "available", "by_block", "by_sampling", "by_triton", "has_triton",
+]  # fmt: skip
 
 # A tile of the product stays in the cache until its entries are read.
 _TILE_BYTES = 4 << 20
@@ -63,10 +67,55 @@ def by_sampling(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     return values
 
 
+def by_triton(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
+    """Compute the entries only, by a kernel; as `by_block`.
+
+    Args:
+        left: Shape ``[t, r]``.
+        right: Shape ``[t, c]``.
+        places: Ascending flat positions in the product. Shape ``[k]``, int64.
+
+    Returns:
+        The entries. Shape ``[k]``, float32 or better.
+
+    Raises:
+        ValueError: If the kernel does not run where the factors are.
+    """
+    if "triton" not in available(left.device):
+        raise ValueError(
+            f"Triton does not compute on {left.device}; it takes a CUDA device, or the "
+            "environment variable TRITON_INTERPRET=1 before triton is imported."
+        )
+    found: Tensor = _kernels().entries(left, right, places)
+    return found
+
+
 METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "block": by_block,
     "sampled": by_sampling,
+    "triton": by_triton,
 }
+
+
+def has_triton() -> bool:
+    """Return whether triton, which comes with torch's CUDA builds, is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def available(device: torch.device) -> tuple[str, ...]:
+    """Return the methods that run on a device, whatever they cost there.
+
+    Args:
+        device: Where the factors are.
+    """
+    runs = has_triton() and (device.type == "cuda" or _kernels().IS_INTERPRETED)
+    return tuple(method for method in METHODS if runs or method != "triton")
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Return the module that imports triton."""
+    return importlib.import_module("peft_ird.sparse.triton_ops")
 
 
 @cache
@@ -79,8 +128,8 @@ def _warn_of_nothing() -> None:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     # Under autocast the two may differ: outputs are low, inputs may be float32.
-    is_low = left.dtype == right.dtype and left.dtype.itemsize == 2
-    if left.is_cuda and is_low:
+    halves = {torch.bfloat16, torch.float16}
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in halves:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return _computable(left).t() @ _computable(right)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from peft_ird.sparse.products import METHODS
+from peft_ird.sparse.products import METHODS, has_triton
 
 __all__ = [
     "WAYS",
@@ -42,13 +42,18 @@ def forced(way: str | None = None, gradient: str | None = None) -> Iterator[None
             cheapest. What counts is the forward pass.
 
     Raises:
-        ValueError: If there is no such way or method.
+        ValueError: If there is no such way or method, or triton is not installed.
     """
     for name, given, known in (("way", way, WAYS), ("gradient", gradient, METHODS)):
         if given is not None and given not in known:
             raise ValueError(
                 f"`{name}` must be one of {', '.join(known)} or None, got {given!r}."
             )
+    if gradient == "triton" and not has_triton():
+        raise ValueError(
+            '`gradient="triton"` needs the package triton, which is not installed; it '
+            "comes with torch's builds for CUDA."
+        )
     before = _FORCED.way, _FORCED.gradient
     _FORCED.way, _FORCED.gradient = way, gradient
     try:
