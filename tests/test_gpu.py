@@ -10,9 +10,14 @@ from torch.testing import assert_close
 from peft_ird import Calibration, IRDConfig, select_parameters
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
+from peft_ird.sparse import costs
+from peft_ird.sparse.products import METHODS, available
+from peft_ird.sparse.ways import WAYS, forced
 from peft_ird.targets import find_candidates
 from tests.conftest import make_batch, make_model, make_samples, task_type
-from tests.oracles import TOL
+from tests.oracles import TOL, product_entries
+
+CUDA = torch.device("cuda")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,3 +84,62 @@ def test_low_precision_has_float32_squares(name, dtype):
     large = exact > 0.01 * exact.max()
     assert ((found[large] / exact[large]).log().abs() < 0.3).all()
     assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 129, 3000])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("method", available(CUDA))
+def test_entries_of_a_product_have_float32_sums(method, dtypes, tokens):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(tokens, 2 * size, generator=generator).to(dtype)[:, ::2]
+        for size, dtype in zip((70, 90), dtypes, strict=True)
+    )
+    places = (torch.rand(70 * 90, generator=generator) < 0.05).nonzero().flatten()
+    if method != "triton" and not tokens:
+        return  # nobody asks these
+    for chosen in (places, places[:1]):
+        there = left.cuda(), right.cuda(), chosen.cuda()
+        found = METHODS[method](*there)
+        assert found.dtype == torch.float32
+        size = product_entries(left.abs(), right.abs(), chosen)
+        error = (found.cpu() - product_entries(left, right, chosen)).abs()
+        assert (error <= 1e-5 * size).all()
+        if method == "triton":
+            assert torch.equal(found, METHODS[method](*there))
+            assert len(METHODS[method](*there[:2], there[2][:0])) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", available(CUDA))
+def test_gradients_of_a_step_are_those_of_the_cpu(name, method, way):
+    settings = config(name)
+    settings.calibration = make_samples(name)
+    model = get_peft_model(make_model(name), settings).eval()
+    moved, batch = copy.deepcopy(model).cuda(), make_batch(name)
+    with forced(way=way, gradient="block"):
+        model(**batch).loss.backward()
+    with forced(way=way, gradient=method):
+        moved(**{k: v.cuda() for k, v in batch.items()}).loss.backward()
+    pairs = zip(model.parameters(), moved.parameters(), strict=True)
+    trained = [(here, there) for here, there in pairs if here.grad is not None]
+    assert trained
+    for here, there in trained:
+        assert_close(there.grad.cpu(), here.grad, **TOL[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_methods_have_a_price(dtype):
+    found = costs.calibrated(CUDA, dtype)
+    prices = {"sampled": found.sampled, "triton": found.triton}
+    assert {name for name, price in prices.items() if price < float("inf")} == {
+        name for name in available(CUDA) if name != "block"
+    }
