@@ -127,3 +127,17 @@ def test_the_sizes_of_files_are_measured(monkeypatch, tmp_path):
     ours = [row["entries"] for row in rows[:4]]
     assert set(ours) == {ours[0]}
     assert rows[1]["bytes"] < rows[0]["bytes"] < rows[5]["bytes"]
+
+
+def test_all_ways_to_the_gradient_are_timed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    value_gradients = importlib.import_module("value_gradients")
+    path = tmp_path / "gradients.json"
+    sizes = ["--sides", "64", "160", "--tokens", "32", "--repeats", "2"]
+    value_gradients.main([*sizes, "--densities", "0.01", "0.5", "--output", str(path)])
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    assert len(cells) == 2 * 2 * 2
+    for cell in cells:
+        assert set(cell["median_seconds"]) >= {"block", "sampled"}
+        assert cell["chosen"] in cell["median_seconds"]
+        assert cell["k"] == round(cell["density"] * cell["side"] ** 2)

@@ -1,0 +1,143 @@
+"""Time the ways to the gradient of a delta's values over densities and masks.
+
+python benchmarks/value_gradients.py                                # a minute
+python benchmarks/value_gradients.py --device cuda --dtype bfloat16 \
+    --sides 1024 4096 --tokens 4096
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from record import RESULTS, git_state, machine, versions, write
+from torch import Tensor
+from trainees import FILLED, ROWS_PER_COLUMN
+
+from peft_ird.sparse.costs import cheapest
+from peft_ird.sparse.products import METHODS, available
+from peft_ird.sparse.support import Support
+
+MASKS = ("clustered", "random")
+Record = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write one file.
+
+    Args:
+        argv: Arguments of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--densities", nargs="+", type=float, default=[0.0002, 0.001, 0.005, 0.025])
+    add("--masks", nargs="+", choices=MASKS, default=MASKS)
+    add("--sides", nargs="+", type=int, default=[768], help="of square weights")
+    add("--tokens", type=int, default=1024)
+    add("--repeats", type=int, default=5)
+    add("--device", default="cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=RESULTS / "value_gradients.json")
+    options = parser.parse_args(argv)
+    cells = [
+        measure(side, mask, density, options)
+        for side in options.sides
+        for mask in options.masks
+        for density in options.densities
+    ]
+    on_gpu = options.device.startswith("cuda")
+    result = {
+        "settings": {k: v for k, v in vars(options).items() if k != "output"},
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "machine": {
+            **machine(),
+            "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        },
+        "git": git_state(),
+        "cells": cells,
+    }
+    write(options.output, result)
+
+
+def measure(
+    side: int, mask: str, density: float, options: argparse.Namespace
+) -> Record:
+    """Return the times of all methods on one mask, after checking that they agree."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    generator = torch.Generator().manual_seed(options.seed)
+    indices = draw(mask, side, density, generator).to(device)
+    support = Support.of(indices, torch.Size((side, side)), dtype)
+    places = support.places(indices)
+    left, right = (
+        torch.randn(options.tokens, size, generator=generator).to(device, dtype)
+        for size in support.block
+    )
+    names = available(device)
+    found = {name: METHODS[name](left, right, places) for name in names}
+    worst = max(float((found["block"] - each).abs().max()) for each in found.values())
+    # Sums of products of unit variance have the root of their number as their size.
+    if worst > 1e-3 * math.sqrt(options.tokens):
+        raise RuntimeError(f"The methods differ by {worst:.2g}.")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(options.repeats):
+        for name in names:
+            start = now(device)
+            METHODS[name](left, right, places)
+            seconds[name].append(now(device) - start)
+    cell = {
+        "side": side,
+        "mask": mask,
+        "density": density,
+        "k": len(indices),
+        "block": support.block,
+        "chosen": cheapest(support.block, len(indices), device, dtype),
+        "median_seconds": {name: median(times) for name, times in seconds.items()},
+        "seconds": seconds,
+    }
+    print(describe(cell))
+    return cell
+
+
+def draw(mask: str, side: int, density: float, generator: torch.Generator) -> Tensor:
+    """Return sorted flat positions; clustered ones as `trainees.clustered` draws."""
+    k = max(1, round(density * side * side))
+    rows = columns = torch.arange(side)
+    if mask == "clustered":
+        share = math.sqrt(ROWS_PER_COLUMN * density / FILLED)
+        width = max(math.ceil(side * share / ROWS_PER_COLUMN), math.ceil(k / side))
+        height = max(math.ceil(side * share), math.ceil(k / width))
+        rows = torch.randperm(side, generator=generator)[:height]
+        columns = torch.randperm(side, generator=generator)[:width]
+    chosen = torch.randperm(len(rows) * len(columns), generator=generator)[:k]
+    flat = rows[chosen // len(columns)] * side + columns[chosen % len(columns)]
+    return flat.sort().values
+
+
+def now(device: torch.device) -> float:
+    """Return the time when the device is through with its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def describe(cell: Record) -> str:
+    """Return one line on a cell; what the cost model would choose has a star."""
+    times = ", ".join(
+        f"{name}{'*' if name == cell['chosen'] else ''} {1e3 * seconds:.3f} ms"
+        for name, seconds in cell["median_seconds"].items()
+    )
+    height, width = cell["block"]
+    return (
+        f"{cell['side']}, {cell['mask']}, {100 * cell['density']:g} %, "
+        f"block {height} x {width}: {times}"
+    )
+
+
+if __name__ == "__main__":
+    main()
