@@ -148,6 +148,7 @@ def compare(
     everyone: list[Trainee], shape: Shape, options: argparse.Namespace
 ) -> Record:
     """Time steps in turn and count what is kept, after a step as a warm-up."""
+    gc.collect()  # the models of the shape before
     runners: dict[str, Runner] = {}
     rows: dict[str, Record] = {}
     base = build(shape, options.seed, options.device, options.dtype)
