@@ -36,7 +36,7 @@ def kept_bytes(model: nn.Module, batch: Batch) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         kept.update(storages(tensor))
-        return tensor
+        return tensor.detach()  # an output that its own graph holds is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch).loss
