@@ -73,7 +73,7 @@ def test_the_step_table_has_every_contestant_and_what_is_refused(step, tmp_path)
     assert bert["ird 0.5 %"]["state_bytes"]["all"] >= 4 * 4
     table = step.table(results)
     assert "| step, IRD, 0.5 %, over SHiRA |" in table
-    assert "times faster to unmerge and merge" in table
+    assert "times faster to activate another than LoRA" in table
     plot = importlib.import_module("step_plot")
     plot.main(["--results", str(path), "--output", str(tmp_path / "step.png")])
     assert (tmp_path / "step.png").stat().st_size > 0
