@@ -68,6 +68,12 @@ class Holding(Merging):
             del self.irdelta_coded[adapter]
         self._find_supports(adapter)
 
+    def _forget(self, adapter: str) -> None:
+        """Drop what is known of an adapter that is no longer held."""
+        self._unchecked.discard(adapter)
+        for known in (self._supports, self._fingerprints, self._numels):
+            known.pop(adapter, None)
+
     def _codes(self) -> dict[str, Tensor]:
         """Return the codes of the adapters whose indices are plain."""
         return {

@@ -121,9 +121,16 @@ class IRDLayer(nn.Module, Holding):
             container = getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
-        self._unchecked.discard(adapter_name)
-        self._supports.pop(adapter_name, None)
-        self._fingerprints.pop(adapter_name, None)
+        self._forget(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
 
     def _refuse_if_merged(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -468,3 +469,28 @@ def test_autocast_does_not_lower_the_precision_of_a_delta(way, gradient):
         results.append((output, delta.values.grad.clone()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_deleted_adapter_leaves_nothing_behind(is_loaded, tmp_path):
+    torch.manual_seed(0)
+    config = IRDConfig(density=0.3, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config)
+    model.save_pretrained(tmp_path)
+    if is_loaded:
+        model.load_adapter(tmp_path, "other")
+    else:
+        model.add_adapter("other", IRDConfig(density=0.5, method="random"))
+    model.delete_adapter("other")
+    layer = model.base_model.model[0]
+    x = torch.randn(3, 8)
+    expected = F.linear(
+        x,
+        layer.base_layer.weight + layer.get_delta_weight("default"),
+        layer.base_layer.bias + layer.get_delta_weight("default", "bias"),
+    )
+    model.to(torch.float64)  # looks at the entries of all adapters again
+    assert_close(model(x.double()).float(), expected, **TOL[torch.float32])
+    assert not any("other" in vars(layer)[name] for name in (
+        "_unchecked", "_supports", "_fingerprints", "_numels"))  # fmt: skip
+    assert not any(".other" in key for key in model.state_dict())
