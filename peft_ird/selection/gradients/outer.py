@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peft_ird.selection.gradients.dense import rows_of
 from peft_ird.selection.gradients.where import Where
+from peft_ird.sparse.products import by_block, by_sampling
 
 __all__ = ["Outer", "join_outers"]
 
@@ -138,13 +139,10 @@ class Outer:
     def _compact(self, rows: Sequence[int], where: Where) -> Tensor:
         """Multiply one sample's used rows and columns at a time, in the cache."""
         used, columns, place = where.used
-        pairs = [self.factors(n) for n in rows]
-        found = pairs[0][0].new_empty(len(rows), len(where))
-        product = found.new_empty(len(used), len(columns))
-        for entries, (left, right) in zip(found, pairs, strict=True):
-            torch.mm(left[:, used].t(), right[:, columns], out=product)
-            torch.index_select(product.view(-1), 0, place, out=entries)
-        return found
+        pairs = map(self.factors, rows)
+        return torch.stack(
+            [by_block(left[:, used], right[:, columns], place) for left, right in pairs]
+        )
 
     def _block(self, rows: Sequence[int], where: Where) -> Tensor:
         """As `_compact`, for many samples at once."""
@@ -159,12 +157,10 @@ class Outer:
 
     def _sampled(self, rows: Sequence[int], where: Where) -> Tensor:
         """Multiply what the entries need, one dot product each."""
-        found = []
-        for left, right in map(self.factors, rows):
-            pattern = where.pattern(left.dtype)
-            product = torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0.0)
-            found.append(product.values())
-        return torch.stack(found)
+        pairs = map(self.factors, rows)
+        return torch.stack(
+            [by_sampling(left, right, where.flat) for left, right in pairs]
+        )
 
     def rows_at(self, n: int, rows: Tensor) -> Tensor:
         """Return whole rows of sample n's gradient. Shape ``[len(rows), i]``."""

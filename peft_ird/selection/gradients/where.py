@@ -1,6 +1,5 @@
 """Chosen entries of one parameter, and what finding them quickly needs."""
 
-import warnings
 from functools import cached_property
 
 import torch
@@ -20,7 +19,6 @@ class Where:
     def __init__(self, flat: Tensor, shape: torch.Size) -> None:
         self.flat = flat
         self.shape = shape
-        self._pattern: Tensor | None = None
 
     def __len__(self) -> int:
         return self.flat.numel()
@@ -47,20 +45,6 @@ class Where:
         rows, row = _numbered(self.row, self.shape[0])
         columns, column = _numbered(self.column, self.shape[1])
         return rows, columns, row * len(columns) + column
-
-    def pattern(self, dtype: torch.dtype) -> Tensor:
-        """Return a sparse CSR matrix with these entries, all zero."""
-        if self._pattern is None or self._pattern.dtype != dtype:
-            self._pattern = self._make_pattern(dtype)
-        return self._pattern
-
-    def _make_pattern(self, dtype: torch.dtype) -> Tensor:
-        zeros = torch.zeros(len(self), dtype=dtype, device=self.flat.device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(
-                self.starts, self.column, zeros, size=self.shape, check_invariants=False
-            )
 
 
 def _numbered(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
