@@ -13,8 +13,9 @@ from peft_ird.layer import Deltas, IRDLayer
 from peft_ird.merging import is_low_precision
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows, rows_of
-from peft_ird.sparse.linear import linear, plus_product
+from peft_ird.sparse.linear import linear
 from peft_ird.sparse.ops import add_deltas, sum_dense
+from peft_ird.sparse.separate import plus_product
 from peft_ird.sparse.ways import is_autocast, is_transformed, way_in_force
 from peft_ird.substitution import with_forward, with_parameters
 

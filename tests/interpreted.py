@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from peft_ird.sparse import costs, triton_ops
-from peft_ird.sparse.linear import plus_product
 from peft_ird.sparse.products import available, by_triton
+from peft_ird.sparse.separate import plus_product
 from peft_ird.sparse.ways import WAYS
 from tests import oracles
 from tests.oracles import TOL

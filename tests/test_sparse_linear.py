@@ -20,8 +20,9 @@ from peft_ird.sparse import costs, products
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows
 from peft_ird.sparse.lending import with_delta
-from peft_ird.sparse.linear import linear, plus_product
+from peft_ird.sparse.linear import linear
 from peft_ird.sparse.products import available
+from peft_ird.sparse.separate import plus_product
 from peft_ird.sparse.support import Support
 from peft_ird.sparse.ways import WAYS, forced
 from tests import oracles
@@ -456,3 +457,22 @@ def test_an_entry_takes_twenty_bytes_with_adam(is_loaded, tmp_path):
     state += [t for s in optimizer.state.values() for t in s.values() if t.ndim]
     entries = sum(p.numel() for p in trained)
     assert sum(t.nbytes for t in state) == 20 * entries
+
+
+@given(problems(), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_a_product_of_low_values_is_computed_in_float32(problem, dtype):
+    values = problem.delta.values.detach().to(dtype).requires_grad_()
+    delta = replace(problem.delta, values=values)
+    x = problem.x.detach().float().requires_grad_()
+    exact = replace(problem, x=x.detach().double())
+    zero = torch.zeros(*x.shape[:-1], problem.dense(problem.delta.values).shape[-1])
+    found = plus_product(zero, x, delta, problem.is_transposed)
+    nothing = replace(exact, weight=torch.zeros_like(exact.weight), bias=None)
+    expected = nothing.dense(values.detach().double())
+    assert found.dtype == torch.float32
+    assert_close(found.double(), expected, **TOL[torch.float32])
+    (mine,) = torch.autograd.grad(found.sum(), x)
+    ones = torch.ones_like(expected)
+    dense = delta.to_dense(torch.float64).detach()
+    dense = dense.t() if problem.is_transposed else dense
+    assert_close(mine.double(), ones @ dense, **TOL[torch.float32])

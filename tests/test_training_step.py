@@ -17,8 +17,9 @@ from peft_ird.kinds import Embedding, Linear
 from peft_ird.layer import IRDLayer
 from peft_ird.sparse import lending
 from peft_ird.sparse.lending import with_delta
-from peft_ird.sparse.linear import linear, plus_product
+from peft_ird.sparse.linear import linear
 from peft_ird.sparse.products import available
+from peft_ird.sparse.separate import plus_product
 from peft_ird.sparse.ways import WAYS, forced
 from tests.conftest import make_batch, make_model, task_type
 from tests.oracles import TOL

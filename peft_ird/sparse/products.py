@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "METHODS", "available", "by_block", "by_sampling", "by_triton", "has_triton",
-]  # fmt: skip
+    "METHODS",
+    "available",
+    "by_block",
+    "by_sampling",
+    "by_triton",
+    "computable",
+    "has_triton",
+]
 
 # A tile of the product stays in the cache until its entries are read.
 _TILE_BYTES = 4 << 20
@@ -55,7 +61,7 @@ def by_sampling(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     """Compute the entries only, one dot product each; as `by_block`."""
     rows, width = left.shape[1], right.shape[1]
     # A row's and a column's tokens side by side: three times faster, copies included.
-    left, right = (_computable(side).t().contiguous() for side in (left, right))
+    left, right = (computable(side).t().contiguous() for side in (left, right))
     bounds = torch.arange(rows + 1, device=places.device) * width
     _warn_of_nothing()
     pattern = torch.sparse_csr_tensor(
@@ -69,14 +75,6 @@ def by_sampling(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
 
 def by_triton(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     """Compute the entries only, by a kernel; as `by_block`.
-
-    Args:
-        left: Shape ``[t, r]``.
-        right: Shape ``[t, c]``.
-        places: Ascending flat positions in the product. Shape ``[k]``, int64.
-
-    Returns:
-        The entries. Shape ``[k]``, float32 or better.
 
     Raises:
         ValueError: If the kernel does not run where the factors are.
@@ -131,8 +129,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     halves = {torch.bfloat16, torch.float16}
     if left.is_cuda and left.dtype == right.dtype and left.dtype in halves:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return _computable(left).t() @ _computable(right)
+    return computable(left).t() @ computable(right)
 
 
-def _computable(tensor: Tensor) -> Tensor:
+def computable(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

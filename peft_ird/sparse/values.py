@@ -1,0 +1,99 @@
+r"""The gradient of a delta's values: the dense weight gradient read at their indices.
+
+Source: Sung et al., 2021, arXiv:2111.09839. Of the input only what it needs is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_ird.sparse.delta import SparseDelta
+from peft_ird.sparse.products import METHODS
+from peft_ird.sparse.support import Support
+
+__all__ = ["kept", "support_of", "taken", "value_gradient", "without_autocast"]
+
+
+def support_of(delta: SparseDelta) -> Support:
+    """Return the support of a matrix's delta."""
+    assert delta.support is not None, "A linear layer's delta has a support."
+    return delta.support
+
+
+def kept(x: Tensor, values: Tensor, support: Support, is_transposed: bool) -> Tensor:
+    """Return what the gradient of the values needs of an input.
+
+    Args:
+        x: Input. Shape ``[*, i]``.
+        values: Values of the delta; if they are frozen, nothing is needed.
+        support: That of the delta.
+        is_transposed: Whether the weight is ``[i, o]``.
+
+    Returns:
+        Shape ``[t, used inputs]``.
+    """
+    if not values.requires_grad:
+        return x.new_empty(0)
+    inputs = support.rows if is_transposed else support.columns
+    return taken(x.reshape(-1, x.shape[-1]), inputs)
+
+
+@torch.library.custom_op("peft_ird::value_gradient", mutates_args=())
+def value_gradient(
+    grad: Tensor,
+    kept: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    shape: Sequence[int],
+    method: str,
+    is_transposed: bool,
+) -> Tensor:
+    """Return the gradient of the values, on the used rows and columns.
+
+    Args:
+        grad: Gradient of the output. Shape ``[*, o]``.
+        kept: What `kept` returned.
+        values: The values. Shape ``[k]``.
+        indices: Their flat positions. Shape ``[k]``, integer.
+        rows: As in `Support`.
+        columns: As in `Support`.
+        shape: Shape of the weight.
+        method: One of `METHODS`.
+        is_transposed: Whether the weight is ``[i, o]``.
+    """
+    support = Support((shape[0], shape[1]), rows, columns)
+    places = support.places(indices)
+    if not len(places) or not kept.numel():
+        return torch.zeros_like(values)
+    outputs = columns if is_transposed else rows
+    left, right = taken(grad.reshape(-1, grad.shape[-1]), outputs), kept
+    if is_transposed:
+        left, right = right, left
+    with without_autocast(grad):
+        return METHODS[method](left, right, places).to(values.dtype)
+
+
+@value_gradient.register_fake
+def _(*args: Any) -> Tensor:
+    return torch.empty_like(args[2])
+
+
+def taken(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Return some columns of a matrix; all if none are named."""
+    return matrix.index_select(1, columns) if len(columns) else matrix
+
+
+@contextmanager
+def without_autocast(tensor: Tensor) -> Iterator[None]:
+    """Compute in the types that are there, on a tensor's device."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):  # as for meta
+        yield
+        return
+    with torch.autocast(kind, enabled=False):
+        yield
