@@ -24,7 +24,8 @@ class IRDLayer(nn.Module, Holding):
     """A module whose parameters get sparse deltas; this kind serves any module.
 
     The deltas are added to the parameters for the call, in a shallow copy of the base
-    layer: the base weights are never written to, and hooks on the base layer run.
+    layer: the base weights are not written to, and hooks on the base layer run. Kinds
+    for what is used most have ways of their own.
 
     Args:
         base_layer: The module, or another tuner's layer around it.
@@ -199,8 +200,6 @@ class IRDLayer(nn.Module, Holding):
         for adapter in self.active_adapters:
             if adapter not in self.irdelta_values:
                 continue
-            if adapter in self._unchecked:
-                self._check(adapter)
             for name, values in self.irdelta_values[adapter].items():
                 if values.numel():
                     deltas.setdefault(name, []).append(self._delta(adapter, name))

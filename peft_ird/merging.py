@@ -144,9 +144,7 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
     def _original_entries(self, name: str, indices: Tensor) -> Tensor:
         """Return base entries as they were before anything was merged. Shape [k]."""
         entries = gather(self._base_parameter(name).data, indices)
-        for adapter in reversed(
-            self.merged_adapters
-        ):  # what came first has the last say
+        for adapter in reversed(self.merged_adapters):  # the first has the last say
             if name in self.irdelta_originals[adapter]:
                 kept = self.irdelta_originals[adapter][name]
                 where = indices.to(kept["indices"].device)

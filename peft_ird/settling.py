@@ -71,17 +71,16 @@ def fitted(
         entries: The indices that are in them.
         shapes: Shapes that the layers' codes are sized for.
     """
-    fitted = {}
+    found = dict(tensors)
     for key, tensor in tensors.items():
-        fitted[key] = tensor
         if key.endswith(CODED):
             module = plain_name(key).removesuffix(CODED)
             indices = {name: at for name, (at, _) in entries[module].items()}
             numels = {name: math.prod(s) for name, s in shapes[module].items()}
-            fitted[key] = pack(indices, numels)
+            found[key] = pack(indices, numels)
         elif VALUES in key and tensor.dtype == torch.bfloat16:
-            fitted[key] = tensor.float()
-    return fitted
+            found[key] = tensor.float()
+    return found
 
 
 def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
