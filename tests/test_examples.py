@@ -47,16 +47,16 @@ def tiny_checkpoint(folder: Path, kind: str) -> Path:
 
 def test_the_grammar_is_balanced_and_its_words_are_held_out(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    tasks = importlib.import_module("tasks")
-    training = tasks.write_sentences(400, tasks.TRAINING, 0)
-    held_out = tasks.write_sentences(400, tasks.HELD_OUT, 0)
-    assert training == tasks.write_sentences(400, tasks.TRAINING, 0)
+    grammar = importlib.import_module("grammar")
+    training = grammar.write_sentences(400, grammar.TRAINING, 0)
+    held_out = grammar.write_sentences(400, grammar.HELD_OUT, 0)
+    assert training == grammar.write_sentences(400, grammar.TRAINING, 0)
     for rows in (training, held_out):
         assert len({row["sentence"] for row in rows}) == 400
         assert sum(row["label"] for row in rows) == 200
-    kinds = vars(tasks.TRAINING)
+    kinds = vars(grammar.TRAINING)
     for kind, words in kinds.items():
-        assert not set(words.split()) & set(vars(tasks.HELD_OUT)[kind].split())
+        assert not set(words.split()) & set(vars(grammar.HELD_OUT)[kind].split())
 
 
 def run_quickstart(*arguments: str | Path) -> str:

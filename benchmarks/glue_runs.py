@@ -1,0 +1,249 @@
+"""Run the experiments of a list on GLUE, each to a result file of its own.
+
+python benchmarks/glue_runs.py minilm --data-dir GLUE --workers 2 --minutes 60
+
+A list (``experiments/NAME.toml``) has rows, what is compared, and rounds, what is run
+first. What has a file in ``results/glue`` is not run again, and a stopped run leaves no
+file, so the table grows with the time at hand. Each row's learning rate is chosen on
+training sentences that the first seed holds out. Needs Python 3.11 (tomllib).
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomllib
+from record import RESULTS, ROOT, git_state, machine, versions, write
+
+sys.path.insert(0, str(ROOT / "examples"))
+import run_glue
+
+FOLDER = RESULTS / "glue"
+EXPERIMENTS = ROOT / "benchmarks" / "experiments"
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Args:
+        experiment: The list's name.
+        task: The GLUE task.
+        row: The row's name.
+        density: Budget, as a share of the model without its head.
+        rate: Learning rate.
+        seed: Seed of everything.
+    """
+
+    experiment: str
+    task: str
+    row: str
+    density: float
+    rate: float
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """The result file."""
+        row = "".join(c if c.isalnum() else "-" for c in self.row.lower())
+        name = "-".join(filter(None, row.split("-")))
+        size = f"{100 * self.density:g}"
+        parts = (self.task, name, size, f"{self.rate:g}", str(self.seed))
+        return FOLDER / self.experiment / ("_".join(parts) + ".json")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A list of what is compared, and in which order it is run.
+
+    Args:
+        name: Its file's name.
+        rows: What `run_glue` is asked for, by the row's name: ``method``, ``rates``
+            and, if need be, ``options`` of `IRDConfig` and LoRA's ``rank``.
+        rounds: ``tasks``, ``densities`` and, if not all, ``rows``.
+        seeds: All seeds; the first one chooses the rates.
+        settings: What all runs share: ``model``, ``train`` and ``epochs``.
+    """
+
+    name: str
+    rows: dict[str, dict[str, Any]]
+    rounds: list[dict[str, Any]]
+    seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name: str) -> "Experiment":
+        """Read a list.
+
+        Args:
+            name: Its name in ``experiments``.
+        """
+        text = (EXPERIMENTS / f"{name}.toml").read_text(encoding="utf-8")
+        content = tomllib.loads(text)
+        known = {key: content.pop(key) for key in ("rows", "rounds", "seeds")}
+        return cls(name=name, settings=content, **known)
+
+    def cells(self) -> Iterator[tuple[str, str, float]]:
+        """Yield each task, row and density once, in the order of the rounds."""
+        seen = set()
+        for each in self.rounds:
+            rows = each.get("rows", [*self.rows])
+            for density, row, task in itertools.product(
+                each["densities"], rows, each["tasks"]
+            ):
+                if (task, row, density) not in seen:
+                    seen.add((task, row, density))
+                    yield task, row, density
+
+    def jobs(self, results: Sequence[Result]) -> Iterator[Job]:
+        """Yield what can be run now: rates by the first seed, then the other seeds.
+
+        Args:
+            results: What there is.
+        """
+        for each in self.rounds:
+            rows = each.get("rows", [*self.rows])
+            for seed in self.seeds:
+                for density, row, task in itertools.product(
+                    each["densities"], rows, each["tasks"]
+                ):
+                    for rate in self.rates(results, task, row, density, seed):
+                        yield Job(self.name, task, row, density, rate, seed)
+
+    def rates(
+        self, results: Sequence[Result], task: str, row: str, density: float, seed: int
+    ) -> list[float]:
+        """Return all rates for the first seed, then the one that it chose."""
+        rates: list[float] = self.rows[row]["rates"]
+        if seed == self.seeds[0]:
+            return rates
+        found = best_rate(results, task, row, density, self.seeds[0], len(rates))
+        return [] if found is None else [found]
+
+
+def best_rate(
+    results: Sequence[Result],
+    task: str,
+    row: str,
+    density: float,
+    seed: int,
+    count: int,
+) -> float | None:
+    """Return the rate with the best held-out score; None until all have one.
+
+    Args:
+        results: What there is.
+        task: The task.
+        row: The row's name.
+        density: The density.
+        seed: The seed that tries all rates.
+        count: The number of rates.
+    """
+    tried = {
+        job["rate"]: result["scores"]["held_out"]["score"]
+        for result in results
+        if (job := result["job"])
+        and (job["task"], job["row"], job["density"], job["seed"])
+        == (task, row, density, seed)
+    }
+    if len(tried) < count:
+        return None
+    return max(sorted(tried), key=lambda rate: tried[rate])
+
+
+def load_results(experiment: str) -> list[Result]:
+    """Read what there is of an experiment."""
+    return [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((FOLDER / experiment).glob("*.json"))
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what has no result file yet, until there is none or the time is up.
+
+    Args:
+        argv: Arguments of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("experiment", help="name of a list in benchmarks/experiments")
+    add("--data-dir", help="folder with TASK/SPLIT.parquet; None for the hub")
+    add("--models", type=Path, help="folder of models that are not MiniLM")
+    add("--workers", type=int, default=1, help="processes, with one thread each")
+    add("--minutes", type=float, default=1e9, help="nothing starts after that")
+    add("--precision", default="medium", help="of float32 products")
+    options = parser.parse_args(argv)
+    end = time.monotonic() + 60 * options.minutes
+    spawn = multiprocessing.get_context("spawn")
+    running: dict[Future[Result], Job] = {}
+    tried: set[Job] = set()
+    with ProcessPoolExecutor(options.workers, mp_context=spawn) as pool:
+        while True:
+            experiment = Experiment.load(options.experiment)
+            results = load_results(options.experiment)
+            for job in experiment.jobs(results):
+                if len(running) == options.workers or time.monotonic() > end:
+                    break
+                if job not in tried and not job.path.exists():
+                    tried.add(job)
+                    task = (job, experiment.rows[job.row], experiment.settings, options)
+                    running[pool.submit(perform, *task)] = job
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                report(running.pop(future), future)
+
+
+def report(job: Job, future: "Future[Result]") -> None:
+    """Write what came of a job, or say why nothing did."""
+    if error := future.exception():
+        print(f"FAILED {job.path.stem}: {error!r}", flush=True)
+        return
+    result = future.result()
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+    write(job.path, result)
+    scores = {name: round(s["score"], 4) for name, s in result["scores"].items()}
+    print(f"{job.path.stem} {scores} {result['seconds']['train']:.0f} s", flush=True)
+
+
+def perform(
+    job: Job, row: dict[str, Any], settings: dict[str, Any], given: argparse.Namespace
+) -> Result:
+    """Train once; what is written knows nothing of this machine's folders."""
+    arguments = ["--task", job.task, "--method", row["method"]]
+    arguments += ["--density", str(job.density), "--lr", str(job.rate)]
+    arguments += ["--seed", str(job.seed), "--threads", "1"]
+    arguments += ["--precision", given.precision]
+    arguments += ["--epochs", str(settings["epochs"])]
+    arguments += ["--max-train", str(settings["train"])]
+    arguments += ["--max-length", str(settings.get("max_length", 128))]
+    arguments += ["--options", json.dumps(row.get("options", {}))]
+    if given.data_dir:
+        arguments += ["--data-dir", given.data_dir]
+    if "rank" in row:
+        arguments += ["--rank", str(row["rank"])]
+    if settings["model"] != "minilm":
+        arguments += ["--model", str(given.models / settings["model"])]
+    result = run_glue.run(run_glue.parse_arguments(arguments))
+    return {
+        "job": asdict(job),
+        **result,
+        "precision": given.precision,
+        "versions": versions(),
+        "machine": machine(),
+        "git": git_state(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Fine-tune a classifier on a GLUE task by one method, and score it.
+
+Models of the BERT, GPT-2 and LLaMA kinds (decoders read a prompt), every method of the
+paper's Table 2, data from the hub or from local files:
+
+    python examples/run_glue.py --task rte --method ird
+    python examples/run_glue.py --task rte --method lora --data-dir GLUE --model PATH
+    accelerate launch examples/run_glue.py --task mnli --method ird --model gpt2
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from glue import GLUE, GlueTask
+from methods import METHODS, Built, Plan, base_size, built
+from metrics import SCORES, GlueMetric
+from quickstart import packaged_minilm, peak_memory
+from tasks import load_tokenizer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_ird import Calibration, Selection
+
+Rows = datasets.Dataset
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run once and write ``results.json``.
+
+    Args:
+        argv: Arguments of the command line; None for those of this process.
+    """
+    options = parse_arguments(argv)
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = run(options, folder)
+    if int(os.environ.get("RANK", "0")) == 0:
+        text = json.dumps(results, indent=2)
+        (folder / "results.json").write_text(text, encoding="utf-8")
+        print(text)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--task", choices=[*GLUE], required=True)
+    add("--method", choices=[*METHODS], default="ird")
+    add("--model", help="folder or hub name; None for the packaged MiniLM")
+    add("--data-dir", help="folder with TASK/SPLIT.parquet; None for the hub")
+    add("--output-dir", default="glue-output", help="for results and adapter")
+    add("--density", type=float, default=0.001, help="of the model without its head")
+    add("--budget", type=int, help="entries to train, instead of --density")
+    add("--rank", type=int, help="of LoRA; None for the one that fits the budget")
+    add("--options", type=json.loads, default={}, help="of IRDConfig, as JSON")
+    add("--lr", type=float, default=5e-3, help="learning rate, of the head as well")
+    add("--epochs", type=float, default=3.0)
+    add("--batch-size", type=int, default=32)
+    add("--max-length", type=int, help="tokens; None for the task's")
+    add("--max-train", type=int, help="training samples, drawn by the seed; None: all")
+    add("--held-out", type=int, default=500, help="training samples only scored")
+    add("--seed", type=int, default=0, help="of data, head, order and selection")
+    add("--threads", type=int, help="threads of the CPU")
+    add("--precision", choices=["highest", "high", "medium"], default="highest",
+        help="of float32 matrix products, as in torch.set_float32_matmul_precision",
+    )  # fmt: skip
+    add("--save", action="store_true", help="keep the adapter")
+    options = parser.parse_args(argv)
+    options.model = options.model or packaged_minilm()
+    return options
+
+
+class Setup:
+    """What a run has whatever its method: the data, tokenised, and loading.
+
+    Args:
+        options: The options of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        # peft reads attributes that transformers has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        torch.set_float32_matmul_precision(options.precision)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.options = options
+        self.task: GlueTask = GLUE[options.task]
+        self.tokenizer = load_tokenizer(options.model)
+        config = AutoConfig.from_pretrained(options.model)
+        self.is_decoder = config.model_type not in {"bert", "roberta", "deberta-v2"}
+        longest = getattr(config, "max_position_embeddings", self.task.max_length)
+        self.max_length = min(options.max_length or self.task.max_length, longest)
+        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.metric = GlueMetric(self.task.name)
+        self.train, self.held_out = self._training_rows()
+        self.held_out = by_length(self.held_out)
+        self.evaluations = {
+            split: by_length(self._encoded(self.task.read(split, options.data_dir)))
+            for split in self.task.evaluations
+        }
+
+    def _training_rows(self) -> tuple[Rows, Rows]:
+        """Draw the rows to train on, and others of the training set to score."""
+        options = self.options
+        rows = self.task.read("train", options.data_dir).shuffle(seed=options.seed)
+        held_out = min(options.held_out, len(rows) // 5)
+        wanted = len(rows) - held_out
+        if options.max_train:
+            wanted = min(wanted, options.max_train)
+        encoded = self._encoded(rows.select(range(wanted + held_out)))
+        return (
+            encoded.select(range(wanted)),
+            encoded.select(range(wanted, wanted + held_out)),
+        )
+
+    def _encoded(self, rows: Rows) -> Rows:
+        return self.task.encode(rows, self.tokenizer, self.is_decoder, self.max_length)
+
+    def load_model(self) -> nn.Module:
+        """Load the pretrained model, with a new head that depends on the seed only."""
+        set_seed(self.options.seed)
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            self.options.model,
+            num_labels=self.task.num_labels,
+            pad_token_id=self.tokenizer.pad_token_id,
+            dtype=torch.float32,
+        )
+        return model
+
+    def trainer(self, model: nn.Module, groups: Any = None) -> Trainer:
+        """Return the stock Trainer.
+
+        Args:
+            model: What is trained.
+            groups: Groups of parameters for the optimizer; None for the Trainer's.
+        """
+        options = self.options
+        optimizer = None
+        if groups is not None:
+            optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
+        trainer = Trainer(
+            model,
+            self.arguments(),
+            self.collate,
+            self.train,
+            compute_metrics=self.metrics,
+            optimizers=(optimizer, None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def arguments(self) -> TrainingArguments:
+        """Return what is the same for all methods but the learning rate."""
+        options = self.options
+        return TrainingArguments(
+            output_dir=options.output_dir,
+            num_train_epochs=options.epochs,
+            learning_rate=options.lr,
+            warmup_steps=0.06,
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=64,
+            train_sampling_strategy="group_by_length",
+            seed=options.seed,
+            label_names=["labels"],
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def metrics(self, outcome: EvalPrediction) -> dict[str, float]:
+        """Return the task's metrics."""
+        logits = outcome.predictions
+        is_regression = self.task.num_labels == 1
+        predicted = logits[:, 0] if is_regression else logits.argmax(-1)
+        found = self.metric.compute(predictions=predicted, references=outcome.label_ids)
+        return {name: float(value) for name, value in found.items()}
+
+    def scores(self, trainer: Trainer) -> dict[str, dict[str, float]]:
+        """Return the metrics on the held-out rows and on every validation split."""
+        rows = {"held_out": self.held_out, **self.evaluations}
+        return {
+            name: {
+                key.removeprefix("eval_"): value
+                for key, value in trainer.evaluate(part).items()
+                if key.removeprefix("eval_") in _METRICS
+            }
+            for name, part in rows.items()
+            if len(part)
+        }
+
+
+def by_length(rows: Rows) -> Rows:
+    """Sort rows, so that batches have little padding; their order changes no score."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+
+
+_METRICS = {"score", "accuracy", "f1", "pearson", "spearman", "loss", *SCORES.values()}
+
+
+def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, Any]:
+    """Select, train and score once.
+
+    Args:
+        options: What `parse_arguments` returns.
+        folder: Where the adapter goes, with ``--save``.
+
+    Returns:
+        Scores, sizes, seconds, and where the selected entries lie; all for JSON.
+    """
+    setup = Setup(options)
+    model = setup.load_model()
+    budget = options.budget or max(1, round(options.density * base_size(model)))
+    plan = Plan(
+        budget=budget,
+        calibration=Calibration(setup.train, setup.collate),
+        seed=options.seed,
+        fit=lambda fitted, groups=None: setup.trainer(fitted, groups).train(),
+        options=options.options,
+        rank=options.rank,
+    )
+    start = time.perf_counter()
+    made = built(options.method, model, plan)
+    selected = time.perf_counter()
+    set_seed(options.seed)
+    trainer = setup.trainer(made.model)
+    trainer.train()
+    trained = time.perf_counter()
+    scores = setup.scores(trainer)
+    return {
+        "task": options.task,
+        "method": options.method,
+        "options": options.options,
+        "budget": budget,
+        **trained_sizes(made.model),
+        "rate": options.lr,
+        "seed": options.seed,
+        "train": len(setup.train),
+        "epochs": options.epochs,
+        "metric": SCORES.get(options.task, "accuracy"),
+        "scores": scores,
+        "seconds": {
+            "select": selected - start,
+            "train": trained - selected,
+            "evaluate": time.perf_counter() - trained,
+        },
+        "peak_bytes": peak_memory(),
+        "adapter_bytes": saved_bytes(made.model, folder if options.save else None),
+        "selection": selection_facts(made),
+    }
+
+
+def trained_sizes(model: nn.Module) -> dict[str, int]:
+    """Return how many entries are trained, in the head and elsewhere."""
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    heads = ("modules_to_save", "classifier.", "score.")
+    in_head = sum(
+        size for name, size in trained.items() if any(h in name for h in heads)
+    )
+    return {"entries": sum(trained.values()) - in_head, "head_entries": in_head}
+
+
+def saved_bytes(model: nn.Module, folder: Path | None) -> int | None:
+    """Return the size of the adapter's weight file; None for a model without one."""
+    if not hasattr(model, "peft_config"):
+        return None
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(temporary) if folder is None else folder / "adapter"
+        model.save_pretrained(str(target))
+        return (target / "adapter_model.safetensors").stat().st_size
+
+
+def selection_facts(made: Built) -> dict[str, Any] | None:
+    """Return where the budget went, and the stages that led there."""
+    selection: Selection | None = made.selection
+    if selection is None:
+        return None
+    return {
+        "stages": [list(stage) for stage in selection.stages],
+        "samples": list(selection.samples)[:128],
+        **{
+            by: {
+                name: [place.entries, round(place.share, 4)]
+                for name, place in selection.places(by).items()
+            }
+            for by in ("kind", "layer")
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
