@@ -4,8 +4,10 @@ python benchmarks/glue_runs.py minilm --data-dir GLUE --workers 2 --minutes 60
 
 A list (``experiments/NAME.toml``) has rows, what is compared, and rounds, what is run
 first. What has a file in ``results/glue`` is not run again, and a stopped run leaves no
-file, so the table grows with the time at hand. Each row's learning rate is chosen on
-training sentences that the first seed holds out. Needs Python 3.11 (tomllib).
+file, so the table grows with the time at hand. The learning rate of each row and task
+is found by the first seed: from the row's ``rate`` it climbs a ladder until both
+neighbours of the best score worse on training samples that are held out. The other
+seeds take that rate. Needs Python 3.11 (tomllib).
 """
 
 import argparse
@@ -14,7 +16,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ import run_glue
 
 FOLDER = RESULTS / "glue"
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates
 Result = dict[str, Any]
 
 
@@ -67,8 +70,8 @@ class Experiment:
 
     Args:
         name: Its file's name.
-        rows: What `run_glue` is asked for, by the row's name: ``method``, ``rates``
-            and, if need be, ``options`` of `IRDConfig` and LoRA's ``rank``.
+        rows: What `run_glue` is asked for, by the row's name: ``method``, the first
+            ``rate`` and, if need be, ``options`` of `IRDConfig` and LoRA's ``rank``.
         rounds: ``tasks``, ``densities`` and, if not all, ``rows``.
         seeds: All seeds; the first one chooses the rates.
         settings: What all runs share: ``model``, ``train`` and ``epochs``.
@@ -121,43 +124,38 @@ class Experiment:
 
     def rates(
         self, results: Sequence[Result], task: str, row: str, density: float, seed: int
-    ) -> list[float]:
-        """Return all rates for the first seed, then the one that it chose."""
-        rates: list[float] = self.rows[row]["rates"]
+    ) -> Sequence[float]:
+        """Return the rates to run: of the first seed those to try, then its best."""
+        held_out = {
+            job["rate"]: result["scores"]["held_out"]["score"]
+            for result in results
+            if (job := result["job"])
+            and (job["task"], job["row"], job["density"], job["seed"])
+            == (task, row, density, self.seeds[0])
+        }
+        untried = next_rates(held_out, self.rows[row]["rate"])
         if seed == self.seeds[0]:
-            return rates
-        found = best_rate(results, task, row, density, self.seeds[0], len(rates))
-        return [] if found is None else [found]
+            return untried
+        return () if untried else (best_rate(held_out),)
 
 
-def best_rate(
-    results: Sequence[Result],
-    task: str,
-    row: str,
-    density: float,
-    seed: int,
-    count: int,
-) -> float | None:
-    """Return the rate with the best held-out score; None until all have one.
+def best_rate(scores: Mapping[float, float]) -> float:
+    """Return the rate with the best score, the smallest of equals."""
+    return max(sorted(scores), key=scores.__getitem__)
+
+
+def next_rates(scores: Mapping[float, float], start: float) -> tuple[float, ...]:
+    """Return the rates to try next; none when the best has two neighbours or an end.
 
     Args:
-        results: What there is.
-        task: The task.
-        row: The row's name.
-        density: The density.
-        seed: The seed that tries all rates.
-        count: The number of rates.
+        scores: The scores of the rates tried so far.
+        start: The rate to try first, one of the ladder's.
     """
-    tried = {
-        job["rate"]: result["scores"]["held_out"]["score"]
-        for result in results
-        if (job := result["job"])
-        and (job["task"], job["row"], job["density"], job["seed"])
-        == (task, row, density, seed)
-    }
-    if len(tried) < count:
-        return None
-    return max(sorted(tried), key=lambda rate: tried[rate])
+    if not scores:
+        return (start,)
+    place = LADDER.index(best_rate(scores))
+    around = (*LADDER[max(0, place - 1) : place], *LADDER[place + 1 : place + 2])
+    return tuple(rate for rate in around if rate not in scores)
 
 
 def load_results(experiment: str) -> list[Result]:
@@ -225,7 +223,8 @@ def perform(
     arguments += ["--seed", str(job.seed), "--threads", "1"]
     arguments += ["--precision", given.precision]
     arguments += ["--epochs", str(settings["epochs"])]
-    arguments += ["--max-train", str(settings["train"])]
+    train = settings["train"]
+    arguments += ["--max-train", str(train.get(job.task, train["others"]))]
     arguments += ["--max-length", str(settings.get("max_length", 128))]
     arguments += ["--options", json.dumps(row.get("options", {}))]
     if given.data_dir:

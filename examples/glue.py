@@ -1,6 +1,6 @@
 """The tasks of GLUE: their texts, prompts for decoders, lengths, and their files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,32 @@ class GlueTask:
         def tokens(batch: dict[str, list[Any]]) -> Any:
             columns = [batch[name] for name in self.texts]
             if is_decoder:
-                filled = [self.prompt.format(*t) for t in zip(*columns, strict=True)]
-                columns = [filled]
+                samples = zip(*columns, strict=True)
+                columns = [
+                    [shortened(self.prompt, s, tokenizer, max_length) for s in samples]
+                ]
             return tokenizer(*columns, truncation=True, max_length=max_length)
 
         return rows.map(tokens, batched=True, remove_columns=list(self.texts))
+
+
+def shortened(
+    prompt: str, texts: Sequence[str], tokenizer: Callable[..., Any], max_length: int
+) -> str:
+    """Fill a prompt; where it is too long, the longer text loses its last words.
+
+    Args:
+        prompt: A `GlueTask.prompt`.
+        texts: The texts of one sample.
+        tokenizer: A Hugging Face tokenizer.
+        max_length: Tokens that there may be.
+    """
+    words = [text.split() for text in texts]
+    filled = prompt.format(*texts)
+    while max(map(len, words)) > 1 and len(tokenizer(filled)["input_ids"]) > max_length:
+        max(words, key=len).pop()
+        filled = prompt.format(*map(" ".join, words))
+    return filled
 
 
 _SAME = (

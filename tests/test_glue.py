@@ -1,0 +1,379 @@
+"""GLUE's tasks, metrics and methods, and the runner of experiments."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from tests.conftest import bert_config
+from tests.test_examples import EXAMPLES, tiny_checkpoint
+
+pytest.importorskip("evaluate")
+ROOT = EXAMPLES.parent
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a script of examples/ or benchmarks/ by its name."""
+    for folder in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+
+    def importer(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return importer
+
+
+def write_glue(folder: Path, task: str, rows: dict, splits=("train", "validation")):
+    datasets = pytest.importorskip("datasets")
+    (folder / task).mkdir(parents=True)
+    for split in splits:
+        path = folder / task / f"{split}.parquet"
+        datasets.Dataset.from_dict(rows).to_parquet(str(path))
+    return folder
+
+
+SENTENCES = {"sentence": ["a b c", "d e", "f g h i", "k l"] * 16, "label": [0, 1] * 32}
+PAIRS = {
+    "sentence1": ["a b c", "d e", "f g h i", "k l"] * 16,
+    "sentence2": ["b c", "e f g", "h", "l m n"] * 16,
+    "label": [0.5, 4.0, 2.5, 1.0] * 16,
+    "idx": list(range(64)),
+}
+
+
+# ---- metrics
+
+
+def counts(predicted, labels):
+    """True and false positives and negatives."""
+    pairs = list(zip(predicted, labels, strict=True))
+    return [pairs.count(p) for p in ((1, 1), (1, 0), (0, 1), (0, 0))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_metrics_are_those_of_their_definitions(load, seed):
+    metric = load("metrics").GlueMetric
+    random = np.random.default_rng(seed)
+    predicted, labels = random.integers(0, 2, (2, 40))
+    tp, fp, fn, tn = counts(predicted.tolist(), labels.tolist())
+    matthews = (tp * tn - fp * fn) / math.sqrt(
+        (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    )
+    f1, right = 2 * tp / (2 * tp + fp + fn), (tp + tn) / 40
+    wanted = {"cola": matthews, "mrpc": (f1 + right) / 2, "qqp": (f1 + right) / 2}
+    for task in ("cola", "mrpc", "qqp", "sst2", "rte", "wnli", "qnli"):
+        found = metric(task).compute(predictions=predicted, references=labels)
+        assert found["score"] == pytest.approx(wanted.get(task, right)), task
+    values, others = random.normal(size=(2, 30)).round(1).astype("float32")  # with ties
+    found = metric("stsb").compute(predictions=values, references=others)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(values, others)[0])
+    assert found["spearman"] == pytest.approx(stats.spearmanr(values, others)[0])
+    assert found["score"] == pytest.approx((found["pearson"] + found["spearman"]) / 2)
+
+
+@pytest.mark.parametrize("task", ["cola", "stsb", "mrpc"])
+def test_a_constant_prediction_has_a_score(load, task):
+    zeros = np.zeros(8, dtype="float32" if task == "stsb" else "int64")
+    metric = load("metrics").GlueMetric(task)
+    labels = np.arange(8).astype(zeros.dtype) % 2 if task != "mrpc" else zeros
+    found = metric.compute(predictions=zeros, references=labels)
+    assert found["score"] == (0.5 if task == "mrpc" else 0.0)
+
+
+# ---- tasks
+
+
+def test_a_decoder_reads_the_prompt_and_an_encoder_the_texts(load, tmp_path):
+    task = load("glue").GLUE["stsb"]
+    rows = task.read("train", write_glue(tmp_path, "stsb", PAIRS))
+    assert rows.column_names == ["sentence1", "sentence2", "label"]
+
+    def tokenizer(*columns, **_):
+        if isinstance(columns[0], str):
+            return {"input_ids": [0]}
+        joined = [" | ".join(texts) for texts in zip(*columns, strict=True)]
+        return {"input_ids": [[ord(c) for c in text] for text in joined]}
+
+    encoded = task.encode(rows, tokenizer)
+    assert encoded.column_names == ["label", "input_ids"]
+    assert "".join(map(chr, encoded["input_ids"][0])) == "a b c | b c"
+    prompted = task.encode(rows, tokenizer, is_decoder=True)
+    assert "".join(map(chr, prompted["input_ids"][0])).startswith(
+        'Determine the similarity between the following two sentences: "a b c" and '
+        '"b c".'
+    )
+
+
+def test_every_prompt_names_its_texts(load):
+    for task in load("glue").GLUE.values():
+        filled = task.prompt.format(*(f"<{name}>" for name in task.texts))
+        assert all(f'"<{name}>"' in filled for name in task.texts)
+
+
+def test_a_split_without_labels_is_refused(load, tmp_path):
+    rows = {**SENTENCES, "label": [-1] * 64}
+    folder = write_glue(tmp_path, "cola", rows, splits=["test"])
+    with pytest.raises(ValueError, match="'test' of cola has no labels"):
+        load("glue").GLUE["cola"].read("test", folder)
+
+
+# ---- methods
+
+
+def targets(sizes):
+    return {f"layer{i}": nn.Linear(*size) for i, size in enumerate(sizes)}
+
+
+@pytest.mark.parametrize("budget", [8, 23, 64, 100, 999])
+def test_ranks_fill_the_budget_and_are_alike(load, budget):
+    modules = targets([(4, 4)] * 5)
+    ranks = load("methods").fitting_ranks(modules, budget)
+    spent = 8 * sum(ranks.values())
+    assert budget - 8 < spent <= budget
+    everyone = [ranks.get(name, 0) for name in modules]
+    assert max(everyone) - min(everyone) <= 1
+    assert everyone == sorted(everyone)  # the upper layers have more
+
+
+def test_a_budget_below_one_rank_is_refused(load):
+    with pytest.raises(ValueError, match="one rank of one module has 8 entries"):
+        load("methods").fitting_ranks(targets([(4, 4)]), 7)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # peers'
+def test_every_method_trains_within_the_budget(load, tmp_path):
+    run_glue = load("run_glue")
+    data = write_glue(tmp_path / "glue", "sst2", SENTENCES)
+    model = tiny_checkpoint(tmp_path / "model", "bert")
+    sized_by_itself = {"bias", "full", "head-only", "shira"}
+    for method in load("methods").METHODS:
+        options = run_glue.parse_arguments(
+            f"--task sst2 --method {method} --data-dir {data} --model {model} "
+            "--budget 100 --epochs 1 --max-train 32 --held-out 8 --lr 1e-3 "
+            f'--options {{"num_samples":8}} --output-dir {tmp_path}'.split()
+        )
+        before = torch.random.get_rng_state()
+        result = run_glue.run(options, tmp_path / method)
+        torch.random.set_rng_state(before)
+        json.dumps(result)
+        entries = result["entries"]
+        if method not in sized_by_itself:
+            assert 100 - 32 < entries <= 100, method
+        assert result["head_entries"] == 2 * 16 + 2, method
+        assert set(result["scores"]) == {"held_out", "validation"}
+        assert 0 <= result["scores"]["validation"]["score"] <= 1
+        assert (result["selection"] is None) == (
+            method in {"lora", "shira", "supertuning", "full", "head-only"}
+        )
+
+
+def test_a_long_sample_loses_words_of_its_texts_not_the_question(load):
+    task = load("glue").GLUE["mrpc"]
+    texts = ["a b c d e f g h i j k l", "m n o"]
+
+    def tokenizer(text, **_):
+        return {"input_ids": text.split()}
+
+    shorter = load("glue").shortened(task.prompt, texts, tokenizer, 25)
+    assert shorter.endswith(
+        'and "m n o", do these two sentences have the same semantics?'
+    )
+    assert len(shorter.split()) == 25
+    whole = load("glue").shortened(task.prompt, texts, tokenizer, 31)
+    assert whole == task.prompt.format(*texts)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_decoder_is_trained(load, tmp_path):
+    run_glue = load("run_glue")
+    data = write_glue(tmp_path / "glue", "cola", SENTENCES)
+    model = tiny_checkpoint(tmp_path / "model", "gpt2")
+    for method in ("ird", "lora", "diff_pruning"):
+        options = run_glue.parse_arguments(
+            f"--task cola --method {method} --data-dir {data} --model {model} "
+            "--budget 100 --epochs 1 --max-train 32 --held-out 8 "
+            f'--options {{"num_samples":8}} --output-dir {tmp_path}'.split()
+        )
+        assert 0 < run_glue.run(options)["entries"] <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # peers'
+def test_both_methods_are_compared_at_the_same_size(load, tmp_path, capsys):
+    compare_lora = load("compare_lora")
+    data = write_glue(tmp_path / "glue", "stsb", PAIRS)
+    model = tiny_checkpoint(tmp_path / "model", "bert")
+    found = compare_lora.main(
+        f"--task stsb --data-dir {data} --model {model} --max-train 32 --held-out 8 "
+        "--epochs 1 --seeds 0 1 --ird-lrs 3e-2 --lora-lrs 1e-3 3e-2 "
+        f"--output-dir {tmp_path / 'out'}".split()
+    )
+    assert {r["entries"] for r in found["ird"]} == {r["entries"] for r in found["lora"]}
+    gaps = [
+        100 * (a["scores"]["validation"]["score"] - b["scores"]["validation"]["score"])
+        for a, b in zip(found["ird"], found["lora"], strict=True)
+    ]
+    assert found["difference"]["mean"] == pytest.approx(np.mean(gaps))
+    half = stats.t.ppf(0.975, 1) * np.std(gaps, ddof=1) / math.sqrt(2)
+    assert found["difference"]["high"] == pytest.approx(np.mean(gaps) + half)
+    printed = capsys.readouterr().out
+    assert "trained entries" in printed
+    assert "95 % interval" in printed
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == found
+
+
+# ---- diff pruning
+
+
+def test_gates_are_hard_concrete(load):
+    diff_pruning = load("diff_pruning")
+    gate = diff_pruning.GatedChange(torch.zeros(3, dtype=torch.float64))
+    gate.change.data = torch.tensor([2.0, 3.0, -1.0], dtype=torch.float64)
+    gate.log_odds.data = torch.tensor([0.5, -4.0, 9.0], dtype=torch.float64)
+    odds = [0.5, -4.0, 9.0]
+    stretched = [1.2 / (1 + math.exp(-o)) - 0.1 for o in odds]
+    cut = [min(1.0, max(0.0, z)) for z in stretched]
+    wanted = torch.tensor([2 * cut[0], 3 * cut[1], -cut[2]], dtype=torch.float64)
+    torch.testing.assert_close(gate.expected(), wanted)
+    # P(z > 0) by sampling: u > sigmoid(temperature logit(0.1 / 1.2) - log odds)
+    gate.train()
+    gate.change.data.fill_(1.0)
+    draws = torch.stack([gate(torch.zeros(3).double()).detach() for _ in range(4000)])
+    often = (draws != 0).double().mean(0).sum()
+    assert float(often) == pytest.approx(float(gate.open_gates().detach()), abs=0.06)
+
+
+def test_diff_pruning_keeps_the_largest_changes_and_leaves_the_model_as_new(load):
+    diff_pruning = load("diff_pruning")
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(bert_config()).eval()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    learned = {}
+
+    def fit(gated, groups):
+        assert {p for g in groups for p in g["params"]} == {
+            p for p in gated.parameters() if p.requires_grad
+        }
+        random = torch.Generator().manual_seed(1)
+        for name, module in gated.named_modules():
+            if isinstance(module, diff_pruning.GatedChange):
+                module.change.data.normal_(generator=random)
+                learned[name] = module.expected().detach()
+        gated.classifier.weight.data.fill_(7.0)
+
+    selection, changes = diff_pruning.prune(model, 50, fit)
+    assert len(selection) == 50
+    assert {n for n, _ in model.named_parameters()} == set(before)
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+    everything = sorted(float(x) for c in learned.values() for x in c.abs().flatten())
+    kept = sorted(
+        float(x) for named in changes.values() for c in named.values() for x in c.abs()
+    )
+    assert kept == everything[-50:]
+    for module, named in selection.indices.items():
+        for name, flat in named.items():
+            source = learned[f"{module}.parametrizations.{name}.0"].flatten()
+            assert source[flat.long()].equal(changes[module][name])
+
+
+# ---- experiments
+
+
+@pytest.fixture
+def runner(load, monkeypatch, tmp_path):
+    pytest.importorskip("tomllib")
+    glue_runs = load("glue_runs")
+    monkeypatch.setattr(glue_runs, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(glue_runs, "EXPERIMENTS", tmp_path)
+    return glue_runs
+
+
+LIST = """
+model = "tiny"
+train = { others = 32, sst2 = 40 }
+epochs = 1
+seeds = [3, 4]
+
+[rows]
+"A" = { method = "random", rate = 1e-2 }
+"B" = { method = "head-only", rate = 1e-1 }
+
+[[rounds]]
+tasks = ["sst2"]
+densities = [0.01]
+rows = ["B"]
+
+[[rounds]]
+tasks = ["sst2"]
+densities = [0.01]
+"""
+
+
+def outcome(runner, row, rate, seed, held_out):
+    job = runner.Job("list", "sst2", row, 0.01, rate, seed)
+    scores = {"held_out": {"score": held_out}, "validation": {"score": 0.5}}
+    return {"job": runner.asdict(job), "scores": scores}
+
+
+def test_a_seed_climbs_to_the_best_rate_and_the_others_take_it(runner, tmp_path):
+    (tmp_path / "list.toml").write_text(LIST)
+    experiment = runner.Experiment.load("list")
+    results = []
+
+    def planned(row="A"):
+        jobs = dict.fromkeys(experiment.jobs(results))
+        new = [j for j in jobs if j.row == row]
+        done = [r["job"] for r in results]
+        return [(j.rate, j.seed) for j in new if runner.asdict(j) not in done]
+
+    def add(rate, held_out, row="A", seed=3):
+        results.append(outcome(runner, row, rate, seed, held_out))
+
+    assert planned() == [(1e-2, 3)]
+    add(1e-2, 0.6)
+    assert planned() == [(3e-3, 3), (3e-2, 3)]
+    add(3e-3, 0.5)
+    add(3e-2, 0.7)
+    assert planned() == [(1e-1, 3)]  # the best so far is at the edge
+    add(1e-1, 0.7)
+    assert planned() == [(3e-2, 4)]  # of equals the smaller one
+    add(3e-2, 0.1, seed=4)
+    assert planned() == []
+    assert planned("B") == [(1e-1, 3)]
+    add(1e-1, 0.9, row="B")
+    add(3e-2, 0.8, row="B")
+    assert planned("B") == [(1e-1, 4)]  # the ladder ends here
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_runner_writes_a_file_per_run_and_repeats_none(runner, tmp_path, capsys):
+    (tmp_path / "list.toml").write_text(LIST)
+    data = write_glue(tmp_path / "glue", "sst2", SENTENCES)
+    tiny_checkpoint(tmp_path / "tiny", "bert")
+    arguments = ["list", "--data-dir", str(data), "--models", str(tmp_path)]
+    runner.main([*arguments, "--minutes", "-1"])
+    assert not runner.load_results("list")
+    runner.main(arguments)
+    results = runner.load_results("list")
+    found = {(r["job"]["row"], r["job"]["rate"], r["job"]["seed"]) for r in results}
+    assert {("A", 1e-2, 3), ("A", 3e-3, 3), ("A", 3e-2, 3), ("B", 1e-1, 3)} < found
+    assert sum(seed == 4 for _, _, seed in found) == 2
+    assert len(found) == len(results)
+    assert {r["train"] for r in results} == {40}
+    assert str(tmp_path) not in json.dumps(results)
+    capsys.readouterr()
+    runner.main(arguments)
+    assert not capsys.readouterr().out
