@@ -11,10 +11,13 @@ seeds take that rate. Needs Python 3.11 (tomllib).
 """
 
 import argparse
+import gc
 import itertools
 import json
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -185,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     spawn = multiprocessing.get_context("spawn")
     running: dict[Future[Result], Job] = {}
     tried: set[Job] = set()
-    with ProcessPoolExecutor(options.workers, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(options.workers, spawn, end_with_parent) as pool:
         while True:
             experiment = Experiment.load(options.experiment)
             results = load_results(options.experiment)
@@ -200,6 +203,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 report(running.pop(future), future)
+
+
+def end_with_parent() -> None:
+    """Let a worker end when the runner is killed; its run is left undone."""
+
+    def wait_for_it() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()
 
 
 def report(job: Job, future: "Future[Result]") -> None:
@@ -234,6 +249,8 @@ def perform(
     if settings["model"] != "minilm":
         arguments += ["--model", str(given.models / settings["model"])]
     result = run_glue.run(run_glue.parse_arguments(arguments))
+    del result["peak_bytes"]  # of all runs of this process so far
+    gc.collect()  # the Trainer is in reference cycles
     return {
         "job": asdict(job),
         **result,

@@ -1,6 +1,7 @@
 """GLUE's tasks, metrics and methods, and the runner of experiments."""
 
 import importlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -377,3 +378,51 @@ def test_the_runner_writes_a_file_per_run_and_repeats_none(runner, tmp_path, cap
     capsys.readouterr()
     runner.main(arguments)
     assert not capsys.readouterr().out
+
+
+# ---- tables
+
+
+def flips(pairs):
+    """All sign flips, one by one."""
+    sums = [
+        abs(sum(s * p for s, p in zip(signs, pairs, strict=True)))
+        for signs in itertools.product((-1, 1), repeat=len(pairs))
+    ]
+    return sum(s >= abs(sum(pairs)) - 1e-9 for s in sums) / len(sums)
+
+
+@pytest.mark.usefixtures("runner")
+def test_differences_are_paired_over_tasks_and_seeds(load):
+    glue_table = load("glue_table")
+    ours = {("a", 0): 3.0, ("a", 1): 5.0, ("b", 0): 4.0, ("c", 0): 9.0, ("d", 0): 0.0}
+    theirs = {("a", 0): 1.0, ("a", 1): 5.5, ("b", 0): 5.0, ("c", 0): 2.0, ("e", 0): 1.0}
+    found = glue_table.compared(ours, theirs)
+    pairs = [2.0, -0.5, -1.0, 7.0]
+    assert found["pairs"] == 4
+    assert found["mean"] == pytest.approx((0.75 - 1.0 + 7.0) / 3)
+    assert (found["not_worse"], found["tasks"]) == (2, 3)
+    assert found["p"] == pytest.approx(flips(pairs))
+    half = stats.t.ppf(0.975, 3) * np.std(pairs, ddof=1) / 2
+    assert found["high"] == pytest.approx(np.mean(pairs) + half)
+
+
+def test_the_tables_show_each_row_at_its_best_rate(runner, load, tmp_path):
+    glue_table = load("glue_table")
+    (tmp_path / "list.toml").write_text(LIST)
+    experiment = runner.Experiment.load("list")
+    for rate, held_out in ((3e-3, 0.1), (1e-2, 0.3), (3e-2, 0.2)):
+        for seed in (3, 4):
+            result = outcome(runner, "A", rate, seed, held_out)
+            job = runner.Job(**result["job"])
+            result["scores"]["validation"]["score"] = 10 * rate + seed / 100
+            facts = {"entries": 7, "rate": rate, "budget": 7, "versions": VERSIONS}
+            job.path.parent.mkdir(parents=True, exist_ok=True)
+            job.path.write_text(json.dumps({**result, **facts}))
+    text = glue_table.score_table(experiment, 0.01, "tiny")
+    assert "| A | 7 | 13.5 ± 0.7 | 13.5 | 0.01 |" in text
+    assert "SST-2 40" in text
+    assert "| B |" not in text
+
+
+VERSIONS = {"torch": "0", "peft": "0"}

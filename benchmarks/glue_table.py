@@ -1,0 +1,224 @@
+"""README's tables of the GLUE experiments: scores, and paired differences.
+
+A row's score on a task is that of its best rate (`glue_runs`), on the validation set.
+Differences are paired over tasks and seeds: both methods saw the same training samples,
+order and head.
+"""
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from glue_runs import Experiment, best_rate, load_results, next_rates
+from scipy import stats
+
+Result = dict[str, Any]
+Key = tuple[str, int]  # task and seed
+Scores = dict[Key, float]
+
+TITLES = {
+    "cola": "CoLA",
+    "sst2": "SST-2",
+    "mrpc": "MRPC",
+    "stsb": "STS-B",
+    "rte": "RTE",
+    "wnli": "WNLI",
+}
+
+
+def chosen(experiment: Experiment, density: float) -> dict[str, dict[Key, Result]]:
+    """Return the runs at each row's rate, by row, task and seed.
+
+    A task is there once the first seed has found its rate.
+
+    Args:
+        experiment: The list.
+        density: The budget.
+    """
+    cells: dict[tuple[str, str], dict[tuple[float, int], Result]] = defaultdict(dict)
+    for result in load_results(experiment.name):
+        job = result["job"]
+        if job["density"] == density and job["row"] in experiment.rows:
+            cells[job["row"], job["task"]][job["rate"], job["seed"]] = result
+    found: dict[str, dict[Key, Result]] = {row: {} for row in experiment.rows}
+    for (row, task), runs in cells.items():
+        first = experiment.seeds[0]
+        tried = {rate: held_out(r) for (rate, seed), r in runs.items() if seed == first}
+        if not tried or next_rates(tried, experiment.rows[row]["rate"]):
+            continue
+        rate = best_rate(tried)
+        for seed in experiment.seeds:
+            if (rate, seed) in runs:
+                found[row][task, seed] = runs[rate, seed]
+    return {row: runs for row, runs in found.items() if runs}
+
+
+def held_out(result: Result) -> float:
+    """Return the score that rates are chosen by."""
+    return float(result["scores"]["held_out"]["score"])
+
+
+def reported(result: Result) -> float:
+    """Return the mean score of the validation splits, in points."""
+    parts = [s["score"] for n, s in result["scores"].items() if n != "held_out"]
+    return 100 * statistics.mean(parts)
+
+
+def scores(runs: Mapping[Key, Result]) -> Scores:
+    """Return the reported score of each run."""
+    return {key: reported(result) for key, result in runs.items()}
+
+
+def score_table(experiment: Experiment, density: float, label: str) -> str:
+    """Return a row per method with mean ± standard deviation over seeds.
+
+    Args:
+        experiment: The list.
+        density: The budget.
+        label: What the model is called.
+    """
+    found = chosen(experiment, density)
+    tasks = [
+        t for t in TITLES if any(t == k[0] for runs in found.values() for k in runs)
+    ]
+    head = ["", "entries", *(TITLES[task] for task in tasks), "mean", "rates"]
+    lines = [_line(head), f"|---|{'---:|' * (len(head) - 1)}"]
+    for row, runs in found.items():
+        cells = [_cell(runs, task) for task in tasks]
+        means = _task_means(runs)
+        mean = (
+            f"{statistics.mean(means.values()):.1f}" if len(means) == len(tasks) else ""
+        )
+        entries = max(result["entries"] for result in runs.values())
+        lines.append(_line([row, f"{entries:,}", *cells, mean, _rates(runs)]))
+    return "\n".join([*lines, "", _note(experiment, found, density, label), ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(runs: Mapping[Key, Result], task: str) -> str:
+    values = [reported(result) for (name, _), result in runs.items() if name == task]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _task_means(runs: Mapping[Key, Result]) -> dict[str, float]:
+    values = defaultdict(list)
+    for (task, _), result in runs.items():
+        values[task].append(reported(result))
+    return {task: statistics.mean(found) for task, found in values.items()}
+
+
+def _rates(runs: Mapping[Key, Result]) -> str:
+    rates = sorted({result["rate"] for result in runs.values()})
+    ends = dict.fromkeys((rates[0], rates[-1]))
+    return " to ".join(f"{rate:g}" for rate in ends)
+
+
+def _note(
+    experiment: Experiment,
+    found: Mapping[str, Mapping[Key, Result]],
+    density: float,
+    label: str,
+) -> str:
+    first = next(iter(next(iter(found.values())).values()))
+    seeds = [len({s for _, s in runs}) for runs in found.values()]
+    several = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else seeds[0]
+    train = experiment.settings["train"]
+    sizes = ", ".join(
+        f"{size:,}" if task == "others" else f"{TITLES[task]} {size:,}"
+        for task, size in train.items()
+    )
+    return (
+        f"{label}, budget {density:.2%} of its {first['budget'] / density / 1e6:.1f} M "
+        f"weights, training samples: {sizes} drawn by the seed, "
+        f"{experiment.settings['epochs']} epochs of batches of 32, GLUE's validation "
+        f"sets; mean ± standard deviation over {several} seeds. CoLA: Matthews; STS-B: "
+        "mean of Pearson and Spearman; MRPC: mean of F1 and accuracy; others: accuracy."
+        " Rates climb a ladder of two per decade, judged on 500 training samples that "
+        "the first seed holds out. The head is trained beside the entries. "
+        f"torch {first['versions']['torch']}, peft {first['versions']['peft']}."
+    )
+
+
+def compared(ours: Scores, theirs: Scores) -> dict[str, float]:
+    """Return the mean of paired differences in points, with an interval and p.
+
+    Each task has the same weight. The interval is Student's over the pairs; p is that
+    of the exact two-sided sign-flip test, up to 18 pairs, and of 99,999 draws beyond.
+
+    Args:
+        ours: Scores by task and seed.
+        theirs: Those of the other method; pairs are what both have.
+    """
+    keys = sorted(ours.keys() & theirs.keys())
+    pairs = np.array([ours[key] - theirs[key] for key in keys])
+    gaps = defaultdict(list)
+    for (task, _), gap in zip(keys, pairs, strict=True):
+        gaps[task].append(gap)
+    by_task = {task: float(np.mean(each)) for task, each in gaps.items()}
+    found = {
+        "pairs": float(len(pairs)),
+        "mean": float(np.mean([*by_task.values()])) if by_task else float("nan"),
+        "tasks": float(len(by_task)),
+        "not_worse": float(sum(gap >= 0 for gap in by_task.values())),
+    }
+    if len(pairs) < 2 or not pairs.any():
+        return found
+    low, high = stats.ttest_1samp(pairs, 0.0).confidence_interval(0.95)
+    return {**found, "low": float(low), "high": float(high), "p": sign_flip(pairs)}
+
+
+def sign_flip(pairs: np.ndarray[Any, Any]) -> float:
+    """Return how often random signs give a mean as far from zero."""
+    test = stats.permutation_test(
+        (pairs,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=2**18 if len(pairs) <= 18 else 99_999,
+        rng=np.random.default_rng(0),
+    )
+    return float(test.pvalue)
+
+
+def difference_table(
+    experiment: Experiment, density: float, rows: Sequence[str], others: Sequence[str]
+) -> str:
+    """Return a line per pair of methods: difference, interval, p, tasks not lost.
+
+    Args:
+        experiment: The list.
+        density: The budget.
+        rows: Whose gain is shown.
+        others: Over whom.
+    """
+    found = {row: scores(runs) for row, runs in chosen(experiment, density).items()}
+    head = ["", "difference", "95 % interval", "p", "pairs", "tasks not worse"]
+    lines = [_line(head), f"|---|{'---:|' * (len(head) - 1)}"]
+    for row, other in itertools.product(rows, others):
+        if row == other or row not in found or other not in found:
+            continue
+        gap = compared(found[row], found[other])
+        if not gap["pairs"]:
+            continue
+        interval = f"{gap['low']:+.1f} to {gap['high']:+.1f}" if "low" in gap else ""
+        lines.append(
+            _line(
+                [
+                    f"{row} over {other}",
+                    f"{gap['mean']:+.1f}",
+                    interval,
+                    f"{gap['p']:.3f}" if "p" in gap else "",
+                    f"{gap['pairs']:.0f}",
+                    f"{gap['not_worse']:.0f} of {gap['tasks']:.0f}",
+                ]
+            )
+        )
+    return "\n".join([*lines, ""])
