@@ -4,10 +4,12 @@ python benchmarks/glue_runs.py minilm --data-dir GLUE --workers 2 --minutes 60
 
 A list (``experiments/NAME.toml``) has rows, what is compared, and rounds, what is run
 first. What has a file in ``results/glue`` is not run again, and a stopped run leaves no
-file, so the table grows with the time at hand. The learning rate of each row and task
-is found by the first seed: from the row's ``rate`` it climbs a ladder until both
-neighbours of the best score worse on training samples that are held out. The other
-seeds take that rate. Needs Python 3.11 (tomllib).
+file, so the table grows with the time at hand.
+
+The learning rate of each row is found by the first seed on some of the tasks: from the
+row's ``rate`` it climbs a ladder until both neighbours of the best score worse, on the
+mean over training samples that are held out. All tasks and seeds take that rate. Needs
+Python 3.11 (tomllib).
 """
 
 import argparse
@@ -16,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import threading
 import time
@@ -34,6 +37,7 @@ import run_glue
 FOLDER = RESULTS / "glue"
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates
+_KEYS = ("rows", "rounds", "seeds", "tuning")
 Result = dict[str, Any]
 
 
@@ -77,6 +81,7 @@ class Experiment:
             ``rate`` and, if need be, ``options`` of `IRDConfig` and LoRA's ``rank``.
         rounds: ``tasks``, ``densities`` and, if not all, ``rows``.
         seeds: All seeds; the first one chooses the rates.
+        tuning: The tasks whose held-out scores choose them.
         settings: What all runs share: ``model``, ``train`` and ``epochs``.
     """
 
@@ -84,6 +89,7 @@ class Experiment:
     rows: dict[str, dict[str, Any]]
     rounds: list[dict[str, Any]]
     seeds: list[int]
+    tuning: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -95,7 +101,7 @@ class Experiment:
         """
         text = (EXPERIMENTS / f"{name}.toml").read_text(encoding="utf-8")
         content = tomllib.loads(text)
-        known = {key: content.pop(key) for key in ("rows", "rounds", "seeds")}
+        known = {key: content.pop(key) for key in _KEYS}
         return cls(name=name, settings=content, **known)
 
     def cells(self) -> Iterator[tuple[str, str, float]]:
@@ -128,18 +134,37 @@ class Experiment:
     def rates(
         self, results: Sequence[Result], task: str, row: str, density: float, seed: int
     ) -> Sequence[float]:
-        """Return the rates to run: of the first seed those to try, then its best."""
-        held_out = {
-            job["rate"]: result["scores"]["held_out"]["score"]
-            for result in results
-            if (job := result["job"])
-            and (job["task"], job["row"], job["density"], job["seed"])
-            == (task, row, density, self.seeds[0])
+        """Return the rates to run: those to try, or the one that they led to."""
+        scores = self.tuned(results, row, density)
+        untried = next_rates(scores, self.rows[row]["rate"])
+        if not untried:
+            return (best_rate(scores),)
+        return untried if seed == self.seeds[0] and task in self.tuning else ()
+
+    def tuned(
+        self, results: Sequence[Result], row: str, density: float
+    ) -> dict[float, float]:
+        """Return the mean held-out score of each rate that all tuning tasks have had.
+
+        Args:
+            results: What there is.
+            row: The row's name.
+            density: The density.
+        """
+        found: dict[float, dict[str, float]] = {}
+        for result in results:
+            job = result["job"]
+            wanted = (row, density, self.seeds[0])
+            if (job["row"], job["density"], job["seed"]) != wanted:
+                continue
+            if job["task"] in self.tuning:
+                score = result["scores"]["held_out"]["score"]
+                found.setdefault(job["rate"], {})[job["task"]] = score
+        return {
+            rate: statistics.mean(scores.values())
+            for rate, scores in found.items()
+            if len(scores) == len(self.tuning)
         }
-        untried = next_rates(held_out, self.rows[row]["rate"])
-        if seed == self.seeds[0]:
-            return untried
-        return () if untried else (best_rate(held_out),)
 
 
 def best_rate(scores: Mapping[float, float]) -> float:

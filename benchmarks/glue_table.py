@@ -1,6 +1,6 @@
 """README's tables of the GLUE experiments: scores, and paired differences.
 
-A row's score on a task is that of its best rate (`glue_runs`), on the validation set.
+A row's score on a task is that of its rate (`glue_runs`), on the validation set.
 Differences are paired over tasks and seeds: both methods saw the same training samples,
 order and head.
 """
@@ -32,33 +32,27 @@ TITLES = {
 def chosen(experiment: Experiment, density: float) -> dict[str, dict[Key, Result]]:
     """Return the runs at each row's rate, by row, task and seed.
 
-    A task is there once the first seed has found its rate.
+    A row is there once the first seed has found its rate.
 
     Args:
         experiment: The list.
         density: The budget.
     """
-    cells: dict[tuple[str, str], dict[tuple[float, int], Result]] = defaultdict(dict)
-    for result in load_results(experiment.name):
-        job = result["job"]
-        if job["density"] == density and job["row"] in experiment.rows:
-            cells[job["row"], job["task"]][job["rate"], job["seed"]] = result
-    found: dict[str, dict[Key, Result]] = {row: {} for row in experiment.rows}
-    for (row, task), runs in cells.items():
-        first = experiment.seeds[0]
-        tried = {rate: held_out(r) for (rate, seed), r in runs.items() if seed == first}
-        if not tried or next_rates(tried, experiment.rows[row]["rate"]):
+    results = [
+        result
+        for result in load_results(experiment.name)
+        if result["job"]["density"] == density
+    ]
+    found: dict[str, dict[Key, Result]] = {}
+    for row, asked in experiment.rows.items():
+        tried = experiment.tuned(results, row, density)
+        if next_rates(tried, asked["rate"]):
             continue
-        rate = best_rate(tried)
-        for seed in experiment.seeds:
-            if (rate, seed) in runs:
-                found[row][task, seed] = runs[rate, seed]
-    return {row: runs for row, runs in found.items() if runs}
-
-
-def held_out(result: Result) -> float:
-    """Return the score that rates are chosen by."""
-    return float(result["scores"]["held_out"]["score"])
+        for result in results:
+            job = result["job"]
+            if (job["row"], job["rate"]) == (row, best_rate(tried)):
+                found.setdefault(row, {})[job["task"], job["seed"]] = result
+    return found
 
 
 def reported(result: Result) -> float:
@@ -84,7 +78,7 @@ def score_table(experiment: Experiment, density: float, label: str) -> str:
     tasks = [
         t for t in TITLES if any(t == k[0] for runs in found.values() for k in runs)
     ]
-    head = ["", "entries", *(TITLES[task] for task in tasks), "mean", "rates"]
+    head = ["", "entries", *(TITLES[task] for task in tasks), "mean", "rate"]
     lines = [_line(head), f"|---|{'---:|' * (len(head) - 1)}"]
     for row, runs in found.items():
         cells = [_cell(runs, task) for task in tasks]
@@ -92,8 +86,9 @@ def score_table(experiment: Experiment, density: float, label: str) -> str:
         mean = (
             f"{statistics.mean(means.values()):.1f}" if len(means) == len(tasks) else ""
         )
+        rate = f"{next(iter(runs.values()))['rate']:g}"
         entries = max(result["entries"] for result in runs.values())
-        lines.append(_line([row, f"{entries:,}", *cells, mean, _rates(runs)]))
+        lines.append(_line([row, f"{entries:,}", *cells, mean, rate]))
     return "\n".join([*lines, "", _note(experiment, found, density, label), ""])
 
 
@@ -116,12 +111,6 @@ def _task_means(runs: Mapping[Key, Result]) -> dict[str, float]:
     return {task: statistics.mean(found) for task, found in values.items()}
 
 
-def _rates(runs: Mapping[Key, Result]) -> str:
-    rates = sorted({result["rate"] for result in runs.values()})
-    ends = dict.fromkeys((rates[0], rates[-1]))
-    return " to ".join(f"{rate:g}" for rate in ends)
-
-
 def _note(
     experiment: Experiment,
     found: Mapping[str, Mapping[Key, Result]],
@@ -132,6 +121,7 @@ def _note(
     seeds = [len({s for _, s in runs}) for runs in found.values()]
     several = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else seeds[0]
     train = experiment.settings["train"]
+    tuning = " and ".join(TITLES[task] for task in experiment.tuning)
     sizes = ", ".join(
         f"{size:,}" if task == "others" else f"{TITLES[task]} {size:,}"
         for task, size in train.items()
@@ -142,8 +132,8 @@ def _note(
         f"{experiment.settings['epochs']} epochs of batches of 32, GLUE's validation "
         f"sets; mean ± standard deviation over {several} seeds. CoLA: Matthews; STS-B: "
         "mean of Pearson and Spearman; MRPC: mean of F1 and accuracy; others: accuracy."
-        " Rates climb a ladder of two per decade, judged on 500 training samples that "
-        "the first seed holds out. The head is trained beside the entries. "
+        " Rates climb a ladder of two per decade, judged on 500 training samples of "
+        f"{tuning} that the first seed holds out. The head is trained as well. "
         f"torch {first['versions']['torch']}, peft {first['versions']['peft']}."
     )
 

@@ -306,6 +306,7 @@ model = "tiny"
 train = { others = 32, sst2 = 40 }
 epochs = 1
 seeds = [3, 4]
+tuning = ["sst2"]
 
 [rows]
 "A" = { method = "random", rate = 1e-2 }
@@ -426,3 +427,33 @@ def test_the_tables_show_each_row_at_its_best_rate(runner, load, tmp_path):
 
 
 VERSIONS = {"torch": "0", "peft": "0"}
+
+
+def fill(runner, tmp_path):
+    """Write the results of two rows at two densities, with selections."""
+    (tmp_path / "list.toml").write_text(LIST.replace("1e-1", "1e-2"))
+    for row, rate, density, seed in itertools.product(
+        "AB", (3e-3, 1e-2, 3e-2), (0.01, 0.001), (3, 4)
+    ):
+        job = runner.Job("list", "sst2", row, density, rate, seed)
+        result = outcome(runner, row, rate, seed, 0.5 - abs(rate - 1e-2))
+        parts = {
+            "layer": {"0": [3, 0.25], "outside": [9, 0.75]},
+            "kind": {"q": [12, 1]},
+        }
+        facts = {"entries": 7, "rate": rate, "budget": 7, "selection": parts}
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        job.path.write_text(json.dumps({**result, **facts, "job": runner.asdict(job)}))
+    return runner.Experiment.load("list")
+
+
+def test_the_figures_show_every_row(runner, load, tmp_path):
+    glue_plots = load("glue_plots")
+    experiment = fill(runner, tmp_path)
+    (panel,) = glue_plots.draw_density(experiment, ["A", "B"]).axes
+    assert [len(bars.lines[0].get_xdata()) for bars in panel.containers] == [2, 2]
+    left, right = glue_plots.draw_budget(experiment, 0.001, ["A", "B"]).axes
+    assert [text.get_text() for text in left.texts] == ["25", "75"] * 2
+    assert [text.get_text() for text in right.texts] == ["100"] * 2
+    glue_plots.write_figures(experiment, ["A", "B"], tmp_path)
+    assert (tmp_path / "glue-density.png").stat().st_size > 1000
