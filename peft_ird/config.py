@@ -1,6 +1,7 @@
 """The configuration of the tuner."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,12 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         "global",
         "'global': one budget for all; 'per_module': each module gets its share by "
         "size; 'balanced': one budget, each module's scores divided by their mean.",
+    )
+    temperature: float = option(
+        0.0,
+        "0 chooses the entries with the largest scores. Above 0 they are drawn by "
+        "`seed`, one by one, with probabilities proportional to score ** (1 / "
+        "temperature): more spread out the higher it is.",
     )
     head_warmup_steps: int = option(
         0,
@@ -283,6 +290,11 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(
                 "`head_warmup_learning_rate` must be above 0, got "
                 f"{self.head_warmup_learning_rate!r}."
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"`temperature` must be 0 or more, and finite, got "
+                f"{self.temperature!r}."
             )
         if not 0 <= self.trim_samples < 1:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Slow and obvious float64 computations that the package is tested against."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -215,3 +216,16 @@ def product_entries(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
         for place in places.tolist()
     ]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
+
+
+def inclusion_probabilities(weights: Sequence[float], k: int) -> list[float]:
+    """How likely each of a few items is among k, drawn one by one by weight."""
+    found = [0.0] * len(weights)
+    for order in itertools.permutations(range(len(weights)), k):
+        chance, left = 1.0, sum(weights)
+        for item in order:
+            chance *= weights[item] / left
+            left -= weights[item]
+        for item in order:
+            found[item] += chance
+    return found

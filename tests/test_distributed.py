@@ -20,6 +20,7 @@ SETTINGS = {
 }
 OPTIONS = {
     "warm": {"head_warmup_steps": 2, "scope": "balanced", "sample_scaling": "loss"},
+    "drawn": {"temperature": 2.0},
     "pooled": {"num_ranked_samples": 17, "num_samples": 6, "trim_samples": 0.2},
 }
 DIFFERING = (

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peft_ird.selection.entries import SCOPES, Entries
+from peft_ird.selection.lots import Lots
 from peft_ird.selection.pool import Pool
 from tests import oracles
 
@@ -127,3 +128,38 @@ def test_the_share_that_two_choices_have_in_common():
     assert three.shared_with(reverse) == pytest.approx(1 / 3)
     assert reverse.shared_with(three) == pytest.approx(1 / 4)
     assert three.shared_with(three) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_entries_are_drawn_by_the_power_of_their_scores(temperature):
+    pool, scores = pool_of([[[4.0, 1.0], [9.0]], [[0.0, 2.0]]])
+    draws = 4000
+    counts = [0] * len(pool)
+    for seed in range(draws):
+        lots = Lots(pool.sizes, temperature, seed)
+        chosen = Entries.best(pool, enumerate(scores), 2, lots=lots)
+        for place in flat(chosen):
+            counts[place] += 1
+    weights = [s ** (1 / temperature) for part in scores for s in part.tolist()]
+    wanted = oracles.inclusion_probabilities(weights, 2)
+    assert [c / draws for c in counts] == pytest.approx(wanted, abs=0.03)
+    assert counts[3] == 0  # of no weight
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_smaller_draw_by_the_same_scores_is_part_of_the_larger_one(scope):
+    tree = [
+        [torch.rand(30).tolist(), torch.rand(5).tolist()],
+        [torch.rand(40).tolist()],
+    ]
+    pool, scores = pool_of(tree)
+    lots = Lots(pool.sizes, 1.0, 3)
+    many, few = (
+        Entries.best(pool, enumerate(scores), k, scope, lots=lots) for k in (30, 10)
+    )
+    assert set(flat(few)) < set(flat(many))
+    assert flat(many.fewer(10, scope)) == flat(few)
+    inside = [scores[i][p] for i, p in enumerate(many.positions)]
+    again = many.best_of(enumerate(inside), 10, scope, lots=lots)
+    if scope != "balanced":  # whose means are over the entries that are left
+        assert flat(again) == flat(few)

@@ -92,6 +92,22 @@ def test_sample_scores_are_scaled_and_trimmed(name, scaling, trim):
     )
 
 
+@pytest.mark.parametrize("method", ["ird", "reverse_ird", "gradient", "magnitude"])
+def test_a_draw_has_the_size_asked_for_and_depends_on_the_seed(method):
+    model, calibration, _ = problem("bert")
+    options = {"budget": 60, "method": method, "num_samples": 12}
+
+    def drawn(temperature, seed=0):
+        settings = config("bert", temperature=temperature, seed=seed, **options)
+        return flat(select_parameters(model, settings, calibration), model)
+
+    assert len(drawn(2.0)) == 60
+    assert drawn(2.0) == drawn(2.0)
+    assert drawn(2.0) != drawn(2.0, seed=1)
+    shared = [len({*drawn(0.0)} & {*drawn(t)}) for t in (0.1, 1.0, 1e6)]
+    assert 60 > shared[0] > shared[1] > shared[2]
+
+
 def test_trimming_leaves_the_samples_asked_for():
     model, calibration, _ = problem("bert")
     settings = config(
@@ -170,6 +186,8 @@ def test_a_warm_up_without_a_head():
         ({"num_ranked_samples": 0}, "`num_ranked_samples` must be a whole number"),
         ({"head_warmup_steps": -1}, "`head_warmup_steps` must be a whole number"),
         ({"trim_samples": 1.0}, r"`trim_samples` must lie in \[0, 1\)"),
+        ({"temperature": -0.1}, "`temperature` must be 0 or more, and finite"),
+        ({"temperature": float("inf")}, "`temperature` must be 0 or more"),
         ({"sample_scaling": "size"}, "`sample_scaling` must be one of 'none'"),
         ({"memory_limit": 0}, "`memory_limit` must be a whole number"),
         ({"head_warmup_learning_rate": 0.0}, "`head_warmup_learning_rate` must"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_ird.selection.lots import Lots
 from peft_ird.selection.pool import Pool
 from peft_ird.selection.topk import Ranking, TopK, shares
 
@@ -38,6 +39,7 @@ class Entries:
         k: int,
         scope: str = "global",
         available: Sequence[int] | None = None,
+        lots: Lots | None = None,
     ) -> "Entries":
         """Choose the k entries with the largest scores.
 
@@ -48,9 +50,12 @@ class Entries:
             scope: ``"global"``, ``"per_module"`` or ``"balanced"`` (as "global", each
                 module's scores divided by their mean).
             available: Scores that each parameter has; None for all its entries.
+            lots: Chance that scores are mixed with; None for none.
         """
         if scope == "balanced":
             stream = _balanced(pool, stream)
+        if lots is not None:
+            stream = lots.keys(stream)
         sizes = pool.sizes if available is None else available
         ranking = Ranking(k, sizes, _groups(pool, scope))
         return cls._from(pool, ranking, stream)
@@ -76,7 +81,12 @@ class Entries:
         return [positions.numel() for positions in self.positions]
 
     def best_of(
-        self, stream: Stream, k: int, scope: str, largest: bool = True
+        self,
+        stream: Stream,
+        k: int,
+        scope: str,
+        largest: bool = True,
+        lots: Lots | None = None,
     ) -> "Entries":
         """Choose the k of these entries with the extreme scores.
 
@@ -86,9 +96,12 @@ class Entries:
             k: How many.
             scope: As for `best`; shares follow these entries.
             largest: Whether the largest or the smallest scores are wanted.
+            lots: As for `best`.
         """
         if scope == "balanced":
             stream = _balanced(self.pool, stream)
+        if lots is not None:
+            stream = lots.keys(stream, self.positions)
         groups = _groups(self.pool, scope)
         ranking = Ranking(k, self.counts, groups, largest=largest)
         picked = self._from(self.pool, ranking, stream)

@@ -19,6 +19,7 @@ from peft_ird.selection.entries import Entries
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.gradients.ranks import Ranks
+from peft_ird.selection.lots import Lots
 from peft_ird.selection.pool import Pool
 from peft_ird.selection.randomness import own_randomness
 from peft_ird.selection.schedule import Cell
@@ -166,6 +167,7 @@ class Decrease:
         self.estimator = estimator
         self.settings = settings
         self.is_reverse = settings.method == "reverse_ird"
+        self.lots = _lots(estimator.pool, settings)
         self.samples = samples
         self.sample_scores = torch.empty(0, dtype=torch.float64)
         self.entries: Entries | None = None
@@ -205,7 +207,7 @@ class Decrease:
         gradients = self.estimator.mean_gradient(self.samples)
         stream = ((part, gradient.abs_()) for part, gradient in gradients)
         pool, scope = self.estimator.pool, self.settings.scope
-        entries = Entries.best(pool, stream, count, scope)
+        entries = Entries.best(pool, stream, count, scope, lots=self.lots)
         return _one_step(cell, self.samples, entries, start)
 
     def _drop_samples(self, wanted: int) -> None:
@@ -243,7 +245,7 @@ class Decrease:
             if count < len(self.entries):
                 stream = self.estimator.fisher_at(self.samples, self.entries.positions)
                 self.entries = self.entries.best_of(
-                    stream, count, scope, largest=not self.is_reverse
+                    stream, count, scope, not self.is_reverse, self.lots
                 )
             return
         fewer = None
@@ -251,7 +253,7 @@ class Decrease:
             fewer = self.entries.fewer(count, scope)
         if fewer is None:
             stream = self.estimator.fisher(self.samples)
-            fewer = Entries.best(pool, stream, count, scope)
+            fewer = Entries.best(pool, stream, count, scope, lots=self.lots)
         self.entries = fewer
 
 
@@ -262,8 +264,16 @@ def _choose_without_data(pool: Pool, settings: Settings) -> Step:
         available = [n * pool.is_bias(i) for i, n in enumerate(pool.sizes)]
     k = entry_count(len(pool), sum(available), settings)
     stream = data_free_scores(settings.method, pool, settings.seed)
-    entries = Entries.best(pool, stream, k, settings.scope, available)
+    lots = _lots(pool, settings)
+    entries = Entries.best(pool, stream, k, settings.scope, available, lots)
     return _one_step(Cell(0, k / len(pool)), (), entries, start)
+
+
+def _lots(pool: Pool, settings: Settings) -> Lots | None:
+    """Return the chance that rankings are mixed with, if any."""
+    if settings.temperature == 0:
+        return None
+    return Lots(pool.sizes, settings.temperature, settings.seed)
 
 
 def _one_step(

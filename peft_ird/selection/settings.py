@@ -27,6 +27,7 @@ class Settings(Protocol):
     trim_samples: float
     fisher: str
     scope: str
+    temperature: float
     head_warmup_steps: int
     head_warmup_learning_rate: float
     seed: int

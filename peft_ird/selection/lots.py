@@ -1,0 +1,56 @@
+"""Entries drawn by chance, the likelier the larger their scores."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Lots"]
+
+Stream = Iterable[tuple[int, Tensor]]
+
+
+class Lots:
+    r"""Turns scores s into keys whose largest are a draw without replacement.
+
+    Entries are drawn one after the other with probabilities proportional to
+    :math:`s^{1/t}`: as in a race of exponential times, that is the order of
+    :math:`s^{1/t} / e` with :math:`e \sim \mathrm{Exp}(1)` (Efraimidis and Spirakis,
+    2006). An entry has the same e in every ranking, so that a ranking by the same
+    scores gives the same entries.
+
+    Args:
+        sizes: Number of entries of each parameter.
+        temperature: The t above, above 0.
+        seed: Seed of the chance.
+    """
+
+    def __init__(self, sizes: Sequence[int], temperature: float, seed: int) -> None:
+        self.sizes = sizes
+        self.temperature = temperature
+        self.seed = seed
+
+    def keys(
+        self, stream: Stream, positions: Sequence[Tensor] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield keys in the place of scores.
+
+        Args:
+            stream: Parameter numbers and scores of their entries, not negative.
+            positions: The entries that the scores are of, int64; None for all.
+        """
+        for part, scores in stream:
+            times = self._times(part)
+            if positions is not None:
+                times = times[positions[part].cpu()]
+            weights = scores.double() ** (1 / self.temperature)
+            yield part, weights / times.to(scores.device)
+
+    def _times(self, part: int) -> Tensor:
+        """Return an exponential time for every entry of a parameter, never zero."""
+        name = f"{self.seed}/{part}".encode()
+        seed = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(seed)
+        chances = torch.rand(self.sizes[part], generator=generator, dtype=torch.float64)
+        return -torch.log1p(-chances).clamp_max(-1e-300)
