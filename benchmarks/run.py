@@ -5,7 +5,6 @@ python benchmarks/run.py --seeds 0 1 2
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,9 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             run_quickstart(Path(folder), seed, passed_on)
             found = json.loads(Path(folder, "results.json").read_text("utf-8"))
-            picture = RESULTS / f"{options.name}.png"
-            if not picture.exists():
-                shutil.copy(Path(folder, "selection.png"), picture)
         write(path, {**without_paths(found), "git": git_state(), "machine": machine()})
 
 

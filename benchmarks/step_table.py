@@ -5,7 +5,8 @@ from statistics import median
 from typing import Any
 
 from speed_table import Row, _row
-from trainees import SPARSE, TITLES, Trainee
+from titles import TITLES
+from trainees import SPARSE, Trainee
 
 FLOOR_BARS = {"ird": 1.08, "ird-random": 1.25}
 BARS_UP_TO = 0.005  # density

@@ -165,19 +165,6 @@ BUILDERS: dict[str, Callable[[nn.Module, Trainee], nn.Module]] = {
     "full": full,
 }
 SPARSE = ("ird", "ird-random", "lora-equal", "shira", "supertuning")
-TITLES = {
-    "floor": "frozen model",
-    "ird": "IRD",
-    "ird-random": "IRD, random mask",
-    "lora-1": "LoRA, r = 1",
-    "lora-8": "LoRA, r = 8",
-    "lora-64": "LoRA, r = 64",
-    "lora-equal": "LoRA, as many parameters",
-    "shira": "SHiRA",
-    "supertuning": "Super-Tuning",
-    "bitfit": "BitFit",
-    "full": "full",
-}
 
 
 def clustered(model: nn.Module, density: float, seed: int) -> Selection:
