@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertModel,
+    GPT2LMHeadModel,
     GPT2Model,
     PreTrainedTokenizerFast,
 )
@@ -36,7 +37,8 @@ def tiny_checkpoint(folder: Path, kind: str) -> Path:
         model = BertModel(bert_config(max_position_embeddings=128))
         special["pad_token"] = "[PAD]"
     else:
-        model = GPT2Model(gpt2_config(n_positions=128))
+        of_kind = GPT2LMHeadModel if kind == "gpt2-lm" else GPT2Model
+        model = of_kind(gpt2_config(n_positions=128))
         special["eos_token"] = "[SEP]"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(
         folder
@@ -60,7 +62,11 @@ def test_the_grammar_is_balanced_and_its_words_are_held_out(monkeypatch):
 
 
 def run_quickstart(*arguments: str | Path) -> str:
-    command = [sys.executable, EXAMPLES / "quickstart.py", *arguments]
+    return run_example("quickstart.py", *arguments)
+
+
+def run_example(name: str, *arguments: str | Path) -> str:
+    command = [sys.executable, EXAMPLES / name, *arguments]
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False
     )
@@ -111,3 +117,51 @@ def test_the_quickstart_on_parquet_files_and_a_model_without_padding(tmp_path):
         "--output-dir", tmp_path / "out", *SMALL,
     )  # fmt: skip
     check_results(tmp_path / "out", printed)
+
+
+SHORT = ["--steps", "2", "--block", "16", "--num-samples", "8"]
+
+
+def test_the_language_model_that_is_made_here(tmp_path):
+    base = ["--base-steps", "2", "--output-dir", tmp_path]
+    printed = run_example("causal_lm.py", "--lora", *base, *SHORT)
+    results = json.loads((tmp_path / "results.json").read_text())
+    ird, lora = results["runs"]
+    assert (ird["method"], lora["method"]) == ("IRD", "LoRA")
+    assert ird["parameters"] == lora["parameters"] > 0
+    for run in (ird, lora):
+        assert run["perplexity_before"] == ird["perplexity_before"]
+        assert run["perplexity_after"] != run["perplexity_before"]
+        assert run["reloaded_is_equal"]
+        assert run["merged_is_equal"]
+        assert run["text_after"] in printed
+    assert not list((tmp_path / "ird" / "merged").glob("adapter*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_language_model_on_a_text_of_ones_own(tmp_path, dtype):
+    model = tiny_checkpoint(tmp_path / "model", "gpt2-lm")
+    text = tmp_path / "text"
+    text.write_text("abc def ghi\n\njkl mno pqr\nstu vwx yza\n" * 12, "utf-8")
+    run_example(
+        "causal_lm.py", "--model", model, "--text", text, "--dtype", dtype,
+        "--method", "random", "--density", "0.05", "--output-dir", tmp_path / "out",
+        *SHORT,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (run,) = results["runs"]
+    assert run["method"] == "RANDOM"
+    assert run["reloaded_is_equal"]
+    assert results["blocks"]["train"] > 8 * results["blocks"]["held_out"] > 0
+    if dtype == "float32":  # a merge into bfloat16 rounds
+        assert run["merged_is_equal"]
+
+
+def test_a_text_that_fills_no_block_is_refused(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "gpt2-lm")
+    (tmp_path / "text").write_text("ab\ncd\n", "utf-8")
+    with pytest.raises(AssertionError, match="less than one block of 64"):
+        run_example(
+            "causal_lm.py", "--model", model, "--text", tmp_path / "text",
+            "--output-dir", tmp_path / "out",
+        )  # fmt: skip
