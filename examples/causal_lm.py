@@ -16,7 +16,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -89,6 +89,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
+        epilog="The learning rates are not tuned, for any method.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -98,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output-dir", default="causal-lm-output", help="folder for all results")
     add("--method", default="ird", help="how IRDConfig chooses weights")
     add("--density", type=float, default=0.01, help="share of the linear weights")
-    add("--scope", default="global", help="whether each module has a budget of its own")
+    add("--scope", default="global", help="'global', 'per_module' or 'balanced' budget")
     add("--num-samples", type=int, default=32, help="blocks that IRD starts from")
     add("--lora", type=int, nargs="?", const=1, help="rank of a LoRA to train as well; "
         "its number of parameters takes the place of --density")  # fmt: skip
@@ -107,9 +108,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=150, help="training steps of 16 blocks")
     add("--block", type=int, default=64, help="tokens in a block")
     add("--base-steps", type=int, default=300, help="steps that the tiny LLaMA learns")
-    add(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of a model"
-    )
+    add("--dtype", default="float32", choices=("float32", "bfloat16"),
+        help="type of the base weights; a merge into bfloat16 rounds")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of text, order and selection")
     return parser.parse_args(argv)
 
@@ -233,19 +233,21 @@ class Lesson:
         text = self.continued(model)
         folder = self.folder / method.lower()
         model.save_pretrained(str(folder))
-        reloaded, merged = map(self.continued, self.reload(folder, model.device))
+        reloaded, merged = self.reload(folder, model.device)
+        plain = self.trainer(merged, self.train, rate=0.0, steps=0)
         return Run(
             method=method,
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             perplexity_before=before,
             perplexity_after=self.perplexity(trainer),
+            perplexity_merged=self.perplexity(plain),
             text_before=text_before,
             text_after=text,
             selection_seconds=seconds,
             training_seconds=trained,
             adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
-            reloaded_is_equal=reloaded == text,
-            merged_is_equal=merged == text,
+            reloaded_is_equal=self.continued(reloaded) == text,
+            merged_is_equal=self.continued(merged) == text,
         )
 
     def perplexity(self, trainer: Trainer) -> float:
@@ -266,16 +268,15 @@ class Lesson:
         )
         return str(self.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
-    def reload(self, folder: Path, device: torch.device) -> Iterator[nn.Module]:
-        """Load an adapter; then merge it, and load that as if there were no PEFT."""
-        dtype = getattr(torch, self.options.dtype)
-        model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
-        yield model.to(device)
+    def reload(self, folder: Path, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        """Load an adapter; and merge it, to load that as if there were no PEFT."""
+        options = {"dtype": getattr(torch, self.options.dtype)}
+        load = AutoPeftModelForCausalLM.from_pretrained
         export = folder / "merged"
-        model.merge_and_unload().save_pretrained(str(export))
+        load(str(folder), **options).merge_and_unload().save_pretrained(str(export))
         self.tokenizer.save_pretrained(str(export))
-        plain = AutoModelForCausalLM.from_pretrained(str(export), dtype=dtype)
-        yield plain.to(device)
+        merged = AutoModelForCausalLM.from_pretrained(str(export), **options)
+        return load(str(folder), **options).to(device), merged.to(device)
 
 
 if __name__ == "__main__":

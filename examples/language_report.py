@@ -14,6 +14,7 @@ class Run:
     parameters: int
     perplexity_before: float
     perplexity_after: float
+    perplexity_merged: float
     text_before: str
     text_after: str
     selection_seconds: float
@@ -37,6 +38,7 @@ ROWS: dict[str, Callable[[Run], str]] = {
     "trained parameters": lambda run: f"{run.parameters:,}",
     "perplexity before": lambda run: f"{run.perplexity_before:.3f}",
     "perplexity after": lambda run: f"{run.perplexity_after:.3f}",
+    "  of the merged model": lambda run: f"{run.perplexity_merged:.3f}",
     "seconds to select": lambda run: f"{run.selection_seconds:.1f}",
     "seconds to train": lambda run: f"{run.training_seconds:.1f}",
     "adapter, bytes": lambda run: f"{run.adapter_bytes:,}",

@@ -134,6 +134,7 @@ def test_the_language_model_that_is_made_here(tmp_path):
         assert run["perplexity_after"] != run["perplexity_before"]
         assert run["reloaded_is_equal"]
         assert run["merged_is_equal"]
+        assert run["perplexity_merged"] == pytest.approx(run["perplexity_after"])
         assert run["text_after"] in printed
     assert not list((tmp_path / "ird" / "merged").glob("adapter*"))
 
