@@ -6,7 +6,7 @@ fine-tune it on has the same grammar and other words.
 
 from collections.abc import Sequence
 
-from tasks import HELD_OUT, TRAINING, Lexicon, write_sentences
+from grammar import HELD_OUT, TRAINING, Lexicon, write_sentences
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
