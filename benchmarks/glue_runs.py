@@ -8,8 +8,7 @@ file, so the table grows with the time at hand.
 
 The learning rate of each row is found by the first seed on some of the tasks: from the
 row's ``rate`` it climbs a ladder until both neighbours of the best score worse, on the
-mean over training samples that are held out. All tasks and seeds take that rate. Needs
-Python 3.11 (tomllib).
+mean over training samples that are held out. All tasks and seeds take that rate.
 """
 
 import argparse
@@ -28,8 +27,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from record import RESULTS, ROOT, git_state, machine, versions, write
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # before Python 3.11
+    import tomli as tomllib
 
 sys.path.insert(0, str(ROOT / "examples"))
 import run_glue

@@ -29,7 +29,9 @@ TITLES = {
 }
 
 
-def chosen(experiment: Experiment, density: float) -> dict[str, dict[Key, Result]]:
+def chosen(
+    experiment: Experiment, density: float, results: Sequence[Result]
+) -> dict[str, dict[Key, Result]]:
     """Return the runs at each row's rate, by row, task and seed.
 
     A row is there once the first seed has found its rate.
@@ -37,12 +39,9 @@ def chosen(experiment: Experiment, density: float) -> dict[str, dict[Key, Result
     Args:
         experiment: The list.
         density: The budget.
+        results: All runs of the list.
     """
-    results = [
-        result
-        for result in load_results(experiment.name)
-        if result["job"]["density"] == density
-    ]
+    results = [result for result in results if result["job"]["density"] == density]
     found: dict[str, dict[Key, Result]] = {}
     for row, asked in experiment.rows.items():
         tried = experiment.tuned(results, row, density)
@@ -74,7 +73,7 @@ def score_table(experiment: Experiment, density: float, label: str) -> str:
         density: The budget.
         label: What the model is called.
     """
-    found = chosen(experiment, density)
+    found = chosen(experiment, density, load_results(experiment.name))
     tasks = [
         t for t in TITLES if any(t == k[0] for runs in found.values() for k in runs)
     ]
@@ -189,7 +188,8 @@ def difference_table(
         rows: Whose gain is shown.
         others: Over whom.
     """
-    found = {row: scores(runs) for row, runs in chosen(experiment, density).items()}
+    runs = chosen(experiment, density, load_results(experiment.name))
+    found = {row: scores(each) for row, each in runs.items()}
     head = ["", "difference", "95 % interval", "p", "pairs", "tasks not worse"]
     lines = [_line(head), f"|---|{'---:|' * (len(head) - 1)}"]
     for row, other in itertools.product(rows, others):

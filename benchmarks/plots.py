@@ -19,6 +19,10 @@ from types import ModuleType
 from typing import Any
 
 import alignment_plot
+import glue_budget
+import glue_density
+import glue_runs
+import glue_table
 import quickstart_plot
 import step_plot
 import style
@@ -35,7 +39,8 @@ class Picture:
 
     Args:
         name: Name of the PNG, without the ending.
-        results: Names of the JSON files that it shows, without the ending.
+        results: Names of the JSON files that it shows, without the ending; of a
+            folder with "/*", for the list of all that is in it.
         code: What draws it: ``draw`` of the first module takes the content of each of
             ``results`` and returns a matplotlib figure.
     """
@@ -46,8 +51,12 @@ class Picture:
 
     def content(self, folder: Path) -> list[Any]:
         """Read what is drawn."""
-        files = [folder / f"{name}.json" for name in self.results]
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return [
+            [read(file) for file in sorted(folder.glob(f"{name}.json"))]
+            if name.endswith("/*")
+            else read(folder / f"{name}.json")
+            for name in self.results
+        ]
 
     def digest(self, folder: Path) -> str:
         """Return a hash of what is drawn and of the code that draws it."""
@@ -71,7 +80,15 @@ class Picture:
         figure.savefig(folder / f"{self.name}.png", dpi=150, metadata=marked)
 
 
+def read(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+GLUE = (glue_table, glue_runs)
 PICTURES = (
+    Picture("glue-budget", ("glue/minilm/*",), (glue_budget, *GLUE)),
+    Picture("glue-density", ("glue/minilm/*",), (glue_density, *GLUE)),
     Picture("quickstart", ("quickstart-0", "quickstart-random-0"), (quickstart_plot,)),
     Picture("sample-alignment", ("sample-alignment",), (alignment_plot, style)),
     Picture("step", ("step",), (step_plot, style, titles)),

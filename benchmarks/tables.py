@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import file_size
+import glue_table
 import option_study
 import selection_speed
 import selection_stairs
 import step_table
+from glue_runs import Experiment
 from record import RESULTS, ROOT
 
 Run = dict[str, Any]
@@ -164,7 +166,22 @@ def files_table() -> str:
     return file_size.table(read("file-size"))
 
 
+def glue_scores() -> str:
+    """Return the scores of all methods on GLUE at 0.1 %."""
+    return glue_table.score_table(Experiment.load("minilm"), 0.001, "MiniLM")
+
+
+def glue_differences() -> str:
+    """Return what IRD and its variants gain over the others."""
+    experiment = Experiment.load("minilm")
+    ours = [row for row in experiment.rows if row.startswith("IRD")]
+    others = ["IRD", "FISH Mask", "random mask", "LoRA, equal budget"]
+    return glue_table.difference_table(experiment, 0.001, ours, others)
+
+
 TABLES = {
+    "glue": glue_scores,
+    "glue-differences": glue_differences,
     "quickstart": quickstart_table,
     "selection": selection_table,
     "step": step_table_or_none,

@@ -22,8 +22,8 @@ def plots(monkeypatch) -> ModuleType:
 @pytest.fixture
 def results(plots, tmp_path) -> Path:
     """Return a folder with all results that are drawn, and fresh figures of them."""
-    for name in {name for picture in plots.PICTURES for name in picture.results}:
-        shutil.copy(plots.RESULTS / f"{name}.json", tmp_path)
+    drawn = shutil.ignore_patterns("*.png")
+    shutil.copytree(plots.RESULTS, tmp_path, dirs_exist_ok=True, ignore=drawn)
     assert plots.main(["--results", str(tmp_path)]) == 0
     return tmp_path
 

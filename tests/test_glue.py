@@ -294,7 +294,6 @@ def test_diff_pruning_keeps_the_largest_changes_and_leaves_the_model_as_new(load
 
 @pytest.fixture
 def runner(load, monkeypatch, tmp_path):
-    pytest.importorskip("tomllib")
     glue_runs = load("glue_runs")
     monkeypatch.setattr(glue_runs, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(glue_runs, "EXPERIMENTS", tmp_path)
@@ -444,16 +443,13 @@ def fill(runner, tmp_path):
         facts = {"entries": 7, "rate": rate, "budget": 7, "selection": parts}
         job.path.parent.mkdir(parents=True, exist_ok=True)
         job.path.write_text(json.dumps({**result, **facts, "job": runner.asdict(job)}))
-    return runner.Experiment.load("list")
 
 
 def test_the_figures_show_every_row(runner, load, tmp_path):
-    glue_plots = load("glue_plots")
-    experiment = fill(runner, tmp_path)
-    (panel,) = glue_plots.draw_density(experiment, ["A", "B"]).axes
+    fill(runner, tmp_path)
+    results = runner.load_results("list")
+    (panel,) = load("glue_density").draw(results).axes
     assert [len(bars.lines[0].get_xdata()) for bars in panel.containers] == [2, 2]
-    left, right = glue_plots.draw_budget(experiment, 0.001, ["A", "B"]).axes
+    left, right = load("glue_budget").draw(results).axes
     assert [text.get_text() for text in left.texts] == ["25", "75"] * 2
     assert [text.get_text() for text in right.texts] == ["100"] * 2
-    glue_plots.write_figures(experiment, ["A", "B"], tmp_path)
-    assert (tmp_path / "glue-density.png").stat().st_size > 1000
