@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from peft_ird._registration import include_all_linear_layers
 from peft_ird.config import IRDConfig
 from peft_ird.selection.calibration import Calibration
-from peft_ird.selection.ird import select
+from peft_ird.selection.ird import Walk, walk
 from peft_ird.selection.pool import Pool
 from peft_ird.selection.selection import Selection
 from peft_ird.sparse.storage import plain_name
@@ -30,6 +30,7 @@ __all__ = [
     "is_in_head",
     "resolve_targets",
     "select_parameters",
+    "select_stages",
 ]
 
 # Their parameters are read by the parent; nobody calls them.
@@ -68,6 +69,34 @@ def select_parameters(
     Raises:
         ValueError: If the data, the options and the model do not fit each other.
     """
+    return _walk(model, config, calibration, memory_limit).selection()
+
+
+def select_stages(
+    model: nn.Module,
+    config: IRDConfig,
+    calibration: Calibration | Any | None = None,
+    memory_limit: int | None = None,
+) -> tuple[Selection, ...]:
+    """Choose entries as `select_parameters` does, and keep those of every cell.
+
+    Args:
+        model: As for `select_parameters`.
+        config: The configuration; it is not changed.
+        calibration: The data. Default: the config's own.
+        memory_limit: Bytes beyond the model. Default: the config's own.
+
+    Returns:
+        The selections of one walk: that of each cell is what `select_parameters`
+        would return for a schedule that ends there.
+    """
+    found = _walk(model, config, calibration, memory_limit)
+    return tuple(found.selection(i + 1) for i in range(len(found.steps)))
+
+
+def _walk(
+    model: nn.Module, config: IRDConfig, calibration: Any, memory_limit: int | None
+) -> Walk:
     if calibration is None:
         calibration = config.calibration
     if calibration is not None:
@@ -82,7 +111,7 @@ def select_parameters(
     ]
     limit = config.memory_limit if memory_limit is None else memory_limit
     with _adapters_off(base):
-        return select(base, pool, calibration, config, head, limit)
+        return walk(base, pool, calibration, config, head, limit)
 
 
 def find_candidates(model: nn.Module, config: IRDConfig) -> Pool:

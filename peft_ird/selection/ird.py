@@ -36,7 +36,7 @@ from peft_ird.selection.topk import top_k
 if sys.platform != "win32":
     import resource
 
-__all__ = ["select"]
+__all__ = ["Walk", "walk"]
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Step:
     peak_bytes: int
 
 
-def select(
+def walk(
     model: nn.Module,
     pool: Pool,
     calibration: Calibration | None,
     settings: Settings,
     head: Sequence[nn.Parameter] = (),
     memory_limit: int | None = None,
-) -> Selection:
-    """Choose entries of the pool; the model comes back as it was.
+) -> "Walk":
+    """Choose entries of the pool, cell by cell; the model comes back as it was.
 
     Args:
         model: The model.
@@ -70,7 +70,7 @@ def select(
         memory_limit: Bytes beyond the model, as for `FisherEstimator`.
 
     Returns:
-        The entries at the last cell.
+        What is kept at each cell; one cell for methods that do not shrink anything.
 
     Raises:
         ValueError: If there is no data or too little, or a budget or schedule that the
@@ -78,7 +78,7 @@ def select(
     """
     with own_randomness(settings.seed), ExitStack() as stack:
         if settings.method not in NEEDS_DATA:
-            return _result(pool, settings, [_choose_without_data(pool, settings)])
+            return Walk(pool, settings, [_choose_without_data(pool, settings)])
         k = entry_count(len(pool), len(pool), settings)
         if calibration is None:
             raise ValueError(
@@ -97,7 +97,7 @@ def select(
             rate = settings.head_warmup_learning_rate
             stack.enter_context(estimator.head_warmed_up(head, samples, steps, rate))
         decrease = Decrease(estimator, settings, samples)
-        return _result(pool, settings, list(decrease.steps(cells, k)))
+        return Walk(pool, settings, list(decrease.steps(cells, k)))
 
 
 def _facts(
@@ -121,32 +121,45 @@ def _facts(
     }
 
 
-def _result(pool: Pool, settings: Settings, steps: Sequence[Step]) -> Selection:
-    """Return what the last step keeps, and how all of them went."""
-    last = steps[-1]
-    indices = pool.indices(last.entries.positions)
-    shapes = {
-        (module, name): tuple(parameter.shape)
-        for (module, name), parameter in zip(pool.names, pool.parameters, strict=True)
-    }
-    return Selection(
-        indices=indices,
-        shapes={m: {n: shapes[m, n] for n in names} for m, names in indices.items()},
-        scores=pool.tree(last.entries.scores),
-        samples=last.samples,
-        sample_scores=last.sample_scores,
-        stages=tuple(step.cell for step in steps),
-        seconds=tuple(step.seconds for step in steps),
-        peak_bytes=tuple(step.peak_bytes for step in steps),
-        overlaps=tuple(
-            after.entries.shared_with(before.entries)
-            for before, after in pairwise(steps)
-        ),
-        first_samples=steps[0].samples,
-        method=settings.method,
-        seed=settings.seed,
-        num_candidates=len(pool),
-    )
+@dataclass(frozen=True)
+class Walk:
+    """The cells of a range decreasing, and what is kept at each."""
+
+    pool: Pool
+    settings: Settings
+    steps: Sequence[Step]
+
+    def selection(self, cells: int | None = None) -> Selection:
+        """Return what is kept at a cell, and how those up to it went.
+
+        Args:
+            cells: How many cells to go. Default: all of them.
+        """
+        pool, steps = self.pool, self.steps[:cells]
+        last = steps[-1]
+        indices = pool.indices(last.entries.positions)
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {m: {} for m in indices}
+        for (module, name), parameter in zip(pool.names, pool.parameters, strict=True):
+            if name in indices.get(module, ()):
+                shapes[module][name] = tuple(parameter.shape)
+        return Selection(
+            indices=indices,
+            shapes=shapes,
+            scores=pool.tree(last.entries.scores),
+            samples=last.samples,
+            sample_scores=last.sample_scores,
+            stages=tuple(step.cell for step in steps),
+            seconds=tuple(step.seconds for step in steps),
+            peak_bytes=tuple(step.peak_bytes for step in steps),
+            overlaps=tuple(
+                after.entries.shared_with(before.entries)
+                for before, after in pairwise(steps)
+            ),
+            first_samples=steps[0].samples,
+            method=self.settings.method,
+            seed=self.settings.seed,
+            num_candidates=len(pool),
+        )
 
 
 class Decrease:
