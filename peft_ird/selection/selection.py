@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft_ird.selection.places import Place, find_places, layer_order, split_names
 from peft_ird.selection.schedule import Cell
+from peft_ird.selection.table import aligned
 from peft_ird.sparse.delta import check_indices
 from peft_ird.sparse.storage import load_tensors, save_tensors
 
@@ -263,7 +264,7 @@ def _stage_table(selection: Selection) -> str:
         for i, (cell, seconds, peak, overlap) in enumerate(zip_longest(*columns), 1)
     ]
     head = ["stage", "samples", "density", "seconds", "peak MiB", "overlap"]
-    return _table([head, *rows])
+    return aligned([head, *rows])
 
 
 def _place_table(title: str, places: Sequence[tuple[str, Place]]) -> str:
@@ -272,19 +273,7 @@ def _place_table(title: str, places: Sequence[tuple[str, Place]]) -> str:
         + [_percent(share) for share in (p.share, p.density, p.rows, p.columns)]
         for name, p in places
     ]
-    return _table([[title, "entries", "share", "density", "rows", "columns"], *rows])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Align cells in columns, the first on the left and the others on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return aligned([[title, "entries", "share", "density", "rows", "columns"], *rows])
 
 
 def _percent(share: float | None) -> str:
