@@ -7,11 +7,27 @@ from peft_ird._registration import register
 from peft_ird.config import IRDConfig
 from peft_ird.layer import IRDLayer
 from peft_ird.model import IRDModel
+from peft_ird.search.evaluate import TrainerEvaluate
+from peft_ird.search.halving import SuccessiveHalving
+from peft_ird.search.outcome import Outcome
+from peft_ird.search.result import SearchResult
+from peft_ird.search.search import search
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.selection import Selection
 from peft_ird.targets import select_parameters
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "IRDConfig", "IRDModel", "Selection", "select_parameters"]
+__all__ = [
+    "Calibration",
+    "IRDConfig",
+    "IRDModel",
+    "Outcome",
+    "SearchResult",
+    "Selection",
+    "SuccessiveHalving",
+    "TrainerEvaluate",
+    "search",
+    "select_parameters",
+]
 
 register(IRDConfig, IRDModel, IRDLayer)

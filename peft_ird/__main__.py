@@ -1,0 +1,169 @@
+"""``python -m peft_ird``: look at adapters, selections and searches; merge adapters."""
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from transformers import AutoTokenizer
+
+from peft_ird.config import IRDConfig
+from peft_ird.search.result import SearchResult
+from peft_ird.selection.selection import Selection
+from peft_ird.selection.table import aligned
+from peft_ird.sparse.storage import load_tensors
+
+_CLASSES = {
+    "CAUSAL_LM": AutoPeftModelForCausalLM,
+    "FEATURE_EXTRACTION": AutoPeftModelForFeatureExtraction,
+    "QUESTION_ANS": AutoPeftModelForQuestionAnswering,
+    "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM,
+    "SEQ_CLS": AutoPeftModelForSequenceClassification,
+    "TOKEN_CLS": AutoPeftModelForTokenClassification,
+}
+_HEAD = re.compile(r"(^|\.)(classifier|score)\.(.*\.)?weight$")
+_ABOUT = "Look at adapters, selections and searches; merge adapters."
+_ADAPTER, _SEARCH = "adapter_config.json", "search.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Those of the command line. Default: those of this process.
+
+    Returns:
+        The exit code: 0, or 1 after an error, which is on the standard error stream.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        sys.stdout.write(options.run(options) + "\n")
+    except (ImportError, OSError, LookupError, RuntimeError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m peft_ird", description=_ABOUT)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="say what is in a file or folder")
+    inspect.add_argument("path", type=Path, metavar="PATH",
+                         help="an adapter, a search or a selection file")  # fmt: skip
+    inspect.set_defaults(run=_inspect)
+
+    plot = commands.add_parser("plot", help="draw a search or a selection")
+    plot.add_argument("path", type=Path, metavar="RESULT",
+                      help="a search's folder, or a selection file")  # fmt: skip
+    plot.add_argument("--counterpart", type=Path, metavar="RESULT",
+                      help="the search to compare with, drawn on the left")  # fmt: skip
+    plot.add_argument("--output", type=Path, metavar="FILE",
+                      help="the picture (default: beside RESULT)")  # fmt: skip
+    plot.set_defaults(run=_plot)
+
+    merge = commands.add_parser("merge", help="write the model that an adapter makes")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder or hub repository")
+    merge.add_argument("output", type=Path, metavar="OUTPUT",
+                       help="folder for the model and its tokenizer")  # fmt: skip
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> str:
+    path: Path = options.path
+    if path.is_file():
+        return Selection.load(path).summary()
+    if (path / _SEARCH).is_file():
+        result = SearchResult.load(path)
+        return f"{result!r}\n\n{result.table()}"
+    if (path / _ADAPTER).is_file():
+        return _describe_adapter(IRDConfig.from_pretrained(str(path)), path)
+    raise ValueError(
+        f"'{path}' is no adapter (it has no {_ADAPTER}), no search (no {_SEARCH}) and "
+        "no selection file."
+    )
+
+
+def _describe_adapter(config: Any, path: Path) -> str:
+    """Say where an adapter comes from and which modules it changes."""
+    if not isinstance(config, IRDConfig):
+        raise ValueError(f"'{path}' is an adapter of type {config.peft_type}, not IRD.")
+    counts = config.nnz_pattern or {}
+    total = sum(sum(named.values()) for named in counts.values())
+    origin = config.provenance or {}
+    candidates = origin.get("num_candidates")
+    share = (
+        f" ({100 * total / candidates:.3g} % of {candidates:,})" if candidates else ""
+    )
+    facts = {
+        "base model": config.base_model_name_or_path,
+        "task": config.task_type,
+        "entries": f"{total:,}{share} in {len(counts)} modules",
+        "format version": config.format_version,
+        "provenance": json.dumps(origin) if origin else "not recorded",
+    }
+    rows = [["module", "parameter", "entries"]]
+    rows += [[m, n, f"{k:,}"] for m, named in counts.items() for n, k in named.items()]
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    return "\n".join(lines) + "\n\n" + aligned(rows)
+
+
+def _plot(options: argparse.Namespace) -> str:
+    path: Path = options.path
+    output = options.output
+    if path.is_dir():
+        output = output or path / "search.png"
+        other = options.counterpart and SearchResult.load(options.counterpart)
+        SearchResult.load(path).plot(output, other)
+    elif options.counterpart is not None:
+        raise ValueError("`--counterpart` compares two searches; RESULT is none.")
+    else:
+        output = output or path.with_suffix(".png")
+        drawing = importlib.import_module("peft_ird.search.plot")
+        drawing.plot_selection(Selection.load(path), output)
+    return str(output)
+
+
+def _merge(options: argparse.Namespace) -> str:
+    config = IRDConfig.from_pretrained(options.adapter)
+    kwargs = {}
+    if labels := _label_count(Path(options.adapter)):
+        kwargs["num_labels"] = labels
+    auto_class = _CLASSES.get(config.task_type, AutoPeftModel)
+    model = auto_class.from_pretrained(options.adapter, **kwargs)
+    model.merge_and_unload().save_pretrained(str(options.output))
+    for source in (options.adapter, config.base_model_name_or_path):
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(str(options.output))
+        except (OSError, LookupError, ValueError):
+            continue
+        return f"{options.output}, with its tokenizer"
+    return f"{options.output}, without a tokenizer: none was found"
+
+
+def _label_count(adapter: Path) -> int | None:
+    """Return the number of labels of the classifier that is in an adapter, if any."""
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
+    tensors, _ = load_tensors(file)
+    heads = [t for name, t in sorted(tensors.items()) if _HEAD.search(name)]
+    return heads[-1].shape[0] if heads else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The score of a cell: by fine-tuning with the stock Trainer."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from transformers import Trainer, TrainingArguments
+
+from peft_ird.search.outcome import Outcome
+from peft_ird.search.stopping import BestWeights, PauseAt, named_metric
+from peft_ird.selection.calibration import Calibration
+
+__all__ = ["TrainerEvaluate"]
+
+# Where files go and what is printed; none of it changes a result.
+_INERT = (
+    "dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm", "do_eval",
+    "do_predict", "do_train", "hub_token", "load_best_model_at_end", "log_level",
+    "logging_dir", "logging_first_step", "logging_steps", "logging_strategy",
+    "metric_for_best_model", "output_dir", "project", "push_to_hub", "report_to",
+    "run_name", "save_steps", "save_strategy", "save_total_limit",
+)  # fmt: skip
+
+
+@dataclass
+class TrainerEvaluate:
+    """Fine-tunes with the stock ``transformers.Trainer`` and scores.
+
+    Cells are chosen by their score on a part of the training set that is held out:
+    drawn by a seed, never trained on. ``eval_dataset`` is reported and chooses nothing.
+
+    If ``training_args`` evaluate during training (``eval_strategy``), they do so on the
+    held-out part, the weights that did best there are those that are scored and saved,
+    and training stops early as in the paper.
+
+    Every cell trains on one device and in a folder of its own inside
+    ``training_args.output_dir``, which is deleted afterwards; the search keeps the
+    adapter.
+
+    Args:
+        training_args: The Trainer's arguments.
+        train_dataset: The training set, with a length.
+        eval_dataset: The data to report on.
+        compute_metrics: As for the Trainer.
+        metric: The metric to choose by, with or without "eval_" in front.
+        data_collator: As for the Trainer.
+        processing_class: As for the Trainer, for example a tokenizer.
+        held_out: Share of the training set in (0, 1), or number of its samples, that
+            cells are chosen on. 0 or None chooses on ``eval_dataset``, so that what
+            is reported is the best of several tries on the same data: optimistic.
+        seed: Seed of that draw.
+        patience: Evaluations without gain before training stops; None for never.
+        threshold: What the metric must have passed before training stops early.
+        greater_is_better: Whether the metric is to be large; the score of one that is
+            to be small is its negative. Default: what ``training_args`` say of it, else
+            yes unless its name ends in "loss".
+
+    Raises:
+        ValueError: If there is nothing to choose on, or ``held_out`` leaves nothing to
+            train on.
+    """
+
+    training_args: TrainingArguments
+    train_dataset: Any
+    eval_dataset: Any = None
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    metric: str = "loss"
+    data_collator: Callable[[list[Any]], Any] | None = None
+    processing_class: Any = None
+    held_out: float | int | None = 0.1
+    seed: int = 0
+    patience: int | None = 10
+    threshold: float = 0.3
+    greater_is_better: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.held_out and self.eval_dataset is None:
+            raise ValueError(
+                "There is nothing to choose cells on: pass `held_out`, a share of "
+                "`train_dataset`, or an `eval_dataset`."
+            )
+        if self.greater_is_better is None:
+            self.greater_is_better = self._is_greater_better()
+        self.positions()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of a full training."""
+        args = self.training_args
+        if args.max_steps > 0:
+            return int(args.max_steps)
+        share = len(self.positions()[0]) / args.per_device_train_batch_size
+        batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
+        updates = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        steps: int = math.ceil(args.num_train_epochs * updates)
+        return steps
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the outcome depends on, as far as it can be told."""
+        plain = ("metric", "held_out", "seed", "patience", "threshold")
+        arguments = self.training_args.to_dict()
+        sets = {"train_data": self.train_dataset, "eval_data": self.eval_dataset}
+        return {
+            **{name: getattr(self, name) for name in plain},
+            "greater_is_better": self.greater_is_better,
+            **{
+                name: None if data is None else Calibration(data).digest()
+                for name, data in sets.items()
+            },
+            "training_args": {k: v for k, v in arguments.items() if k not in _INERT},
+        }
+
+    def positions(self) -> tuple[list[int], list[int]]:
+        """Return which samples are trained on, and which are held out.
+
+        Raises:
+            ValueError: If none would be left to train on, or none be held out.
+        """
+        available = len(self.train_dataset)
+        if not self.held_out:
+            return list(range(available)), []
+        count = self.held_out
+        if isinstance(count, float):
+            count = max(1, round(count * available)) if count < 1 else 0
+        if not 0 < count < available:
+            raise ValueError(
+                "`held_out` must be a share in (0, 1) or a number of samples below "
+                f"{available}, those of `train_dataset`; got {self.held_out}."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(available, generator=generator).tolist()
+        return sorted(order[count:]), sorted(order[:count])
+
+    def __call__(self, model: nn.Module) -> Outcome:
+        """Train to the end, and score.
+
+        Args:
+            model: The model.
+        """
+        return self.advance(model, self.total_steps)
+
+    def advance(
+        self,
+        model: nn.Module,
+        until: int,
+        resume_from: Path | None = None,
+        save_to: Path | None = None,
+    ) -> Outcome:
+        """Train until so many steps are done in all, and score.
+
+        Args:
+            model: The model as it was before any training.
+            until: Steps in all, at most ``total_steps``.
+            resume_from: The folder that an earlier call was given as ``save_to``.
+            save_to: Folder for the Trainer's checkpoint; None for none.
+
+        Returns:
+            The outcome; its metrics are those of the held-out part.
+        """
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=self._home(), prefix="cell-") as spare:
+            checkpoint = resume_from and next(resume_from.glob("checkpoint-*"))
+            best = BestWeights(
+                self.metric, bool(self.greater_is_better), self.patience,
+                self.threshold, checkpoint,
+            )  # fmt: skip
+            trainer = self._trainer(model, save_to or Path(spare), best)
+            if save_to is not None:
+                trainer.add_callback(PauseAt(until))
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            best.restore(model)
+            return self._scored(trainer, best.stopped, start)
+
+    def _scored(self, trainer: Trainer, stopped: bool, start: float) -> Outcome:
+        steps = trainer.state.global_step
+        metrics = trainer.predict(
+            trainer.eval_dataset, metric_key_prefix="eval"
+        ).metrics
+        value = named_metric(metrics, self.metric)
+        reported: float | None = None if self.held_out else value
+        if self.held_out and self.eval_dataset is not None:
+            on_eval = trainer.predict(self.eval_dataset, metric_key_prefix="eval")
+            reported = named_metric(on_eval.metrics, self.metric)
+        seconds = time.perf_counter() - start
+        score = value if self.greater_is_better else -value
+        return Outcome(score, reported, seconds, steps, metrics, stopped)
+
+    def _trainer(self, model: nn.Module, folder: Path, best: BestWeights) -> Trainer:
+        train, held_out = self.positions()
+        chosen_on = _rows(self.train_dataset, held_out) if held_out else None
+        return Trainer(
+            model=model,
+            args=self._arguments(folder),
+            train_dataset=_rows(self.train_dataset, train),
+            eval_dataset=self.eval_dataset if chosen_on is None else chosen_on,
+            compute_metrics=self.compute_metrics,
+            data_collator=self.data_collator,
+            processing_class=self.processing_class,
+            callbacks=[best],
+        )
+
+    def _arguments(self, folder: Path) -> TrainingArguments:
+        """Return the arguments for one cell, made anew for this process's devices."""
+        given = self.training_args
+        arguments = replace(
+            given,
+            output_dir=str(folder),
+            save_strategy="no",
+            save_only_model=False,
+            load_best_model_at_end=False,
+            push_to_hub=False,
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        return arguments
+
+    def _is_greater_better(self) -> bool:
+        args = self.training_args
+        named = (args.metric_for_best_model or "").removeprefix("eval_")
+        says = args.greater_is_better
+        if says is not None and named == self.metric.removeprefix("eval_"):
+            return bool(says)
+        return not self.metric.endswith("loss")
+
+    def _home(self) -> str:
+        home = Path(self.training_args.output_dir)
+        home.mkdir(parents=True, exist_ok=True)
+        return str(home)
+
+
+def _rows(data: Any, positions: list[int]) -> Any:
+    """Return some rows of a dataset, of its own kind where it can."""
+    if hasattr(data, "select"):
+        return data.select(positions)
+    return Subset(data, positions)

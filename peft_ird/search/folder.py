@@ -1,0 +1,199 @@
+"""The folder of a search: its settings, and what each cell came to."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft_ird.search.outcome import CellRecord, Failure, Outcome
+from peft_ird.selection.schedule import Cell
+from peft_ird.selection.selection import Selection
+
+__all__ = ["CellFolder", "SearchFolder"]
+
+_FORMAT = 1
+_MAX_DIFFERENCES = 8
+_HINTS = {
+    "base": "model_init() must return the same weights each time, so seed a new head "
+    "inside it, as with torch.manual_seed(0).",
+}
+
+
+class CellFolder:
+    """The files of one cell.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self._selection = path / "selection.safetensors"
+        self._record = path / "outcome.json"
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether the entries have been chosen."""
+        return self._selection.is_file()
+
+    @property
+    def selection(self) -> Selection:
+        """The entries."""
+        return Selection.load(self._selection)
+
+    def begin(self, cell: Cell, selection: Selection) -> None:
+        """Keep what was selected; nothing else is known yet.
+
+        Args:
+            cell: The samples and the density.
+            selection: The entries.
+        """
+        self.write(CellRecord(cell, len(selection)))
+        selection.save(self._selection)
+
+    def read(self) -> CellRecord:
+        """Return what is known of the cell."""
+        facts = json.loads(self._record.read_text("utf-8"))
+        failure = facts["failure"]
+        return CellRecord(
+            Cell(*facts["cell"]),
+            facts["entries"],
+            tuple(Outcome(**outcome) for outcome in facts["outcomes"]),
+            None if failure is None else Failure(**failure),
+        )
+
+    def write(self, record: CellRecord) -> None:
+        """Replace what is known of the cell, in one step.
+
+        Args:
+            record: What is known.
+        """
+        _write_json(self._record, asdict(record))
+
+    def rung(self, number: int) -> Path:
+        """Return where a training waits that stopped at a rung.
+
+        Args:
+            number: The rung, from 0.
+        """
+        return self.path / f"rung-{number}"
+
+    def drop_rungs(self, keep: int | None = None) -> None:
+        """Delete trainings that wait to go on.
+
+        Args:
+            keep: The rung whose training goes on.
+        """
+        for path in self.path.glob("rung-*"):
+            if keep is None or path != self.rung(keep):
+                shutil.rmtree(path)
+
+
+class SearchFolder:
+    """The files of a search.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._settings = path / "search.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the search in it.
+
+        Raises:
+            ValueError: If there is no search in it that this version reads.
+        """
+        if not self._settings.is_file():
+            raise ValueError(
+                f"'{self.path}' holds no search: there is no {self._settings.name}. "
+                "Pass the `output_dir` of one."
+            )
+        found: dict[str, Any] = json.loads(self._settings.read_text("utf-8"))
+        if found.pop("format", None) != _FORMAT:
+            raise ValueError(
+                f"'{self.path}' holds a search of another version of peft_ird, which "
+                "cannot be read. Run it again in another folder."
+            )
+        return found
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Write down the settings, or check that they are those of the search in it.
+
+        Args:
+            settings: Anything that JSON holds.
+
+        Raises:
+            ValueError: If a search with other settings is in it; the differences are
+                named.
+        """
+        if not self._settings.is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self._settings, {"format": _FORMAT, **settings})
+            return
+        theirs, ours = dict(_flat(self.settings)), dict(_flat(_plain(settings)))
+        names = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
+        if names:
+            rows = [f"{n} is {theirs.get(n)!r} there, {ours.get(n)!r} here"
+                    for n in names[:_MAX_DIFFERENCES]]  # fmt: skip
+            rest = len(names) - len(rows)
+            more = f"; and {rest} more" if rest else ""
+            hints = [_HINTS[name] for name in names if name in _HINTS]
+            advice = "Pass another `output_dir`, or delete this one."
+            raise ValueError(
+                f"'{self.path}' holds a search with other settings: {'; '.join(rows)}"
+                f"{more}. {' '.join([*hints, advice])}"
+            )
+
+    def cells(self) -> list[CellFolder]:
+        """Return the folders of the cells, in the order of the walk."""
+        number = len(self.settings["cells"])
+        return [CellFolder(self.path / f"cell-{i + 1:02d}") for i in range(number)]
+
+    def begin(self, cells: Sequence[Cell], selections: Sequence[Selection]) -> None:
+        """Keep what was selected at each cell.
+
+        Args:
+            cells: Samples and densities.
+            selections: The entries.
+        """
+        pairs = zip(cells, selections, strict=True)
+        for folder, (cell, selection) in zip(self.cells(), pairs, strict=True):
+            folder.begin(cell, selection)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they look when read back."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=_as_json))
+    return plain
+
+
+def _as_json(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def _flat(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested settings under dotted names."""
+    if not isinstance(tree, Mapping):
+        yield name, tree
+        return
+    for key, value in tree.items():
+        yield from _flat(value, f"{name}.{key}".lstrip("."))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write a file that appears only once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, default=_as_json, indent=1)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+    Path(file.name).replace(path)

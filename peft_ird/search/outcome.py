@@ -1,0 +1,143 @@
+"""What the evaluation of a cell comes to, and what an evaluation is."""
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from peft_ird.selection.schedule import Cell
+
+__all__ = ["CellRecord", "Evaluate", "Failure", "Outcome", "Resumable"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell did.
+
+    Args:
+        score: What cells are chosen by; higher is better.
+        reported: The score on data that nothing was chosen on, to be reported.
+        seconds: Duration of training and scoring; the search measures it if it is None.
+        steps: Training steps that the cell has had by now.
+        metrics: Further numbers, kept as they are.
+        stopped: Whether training ended by itself, so that going on changes nothing.
+    """
+
+    score: float
+    reported: float | None = None
+    seconds: float | None = None
+    steps: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    stopped: bool = False
+
+
+class Evaluate(Protocol):
+    """Trains a model with an adapter, or does not, and scores it.
+
+    One with a method ``settings() -> dict`` (of what JSON holds) is compared with that
+    of an earlier search in the same folder.
+    """
+
+    def __call__(self, model: nn.Module) -> float | Outcome:
+        """Return a score, higher being better, or more than that.
+
+        Args:
+            model: The base model with the adapter, untrained.
+        """
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An evaluation that can stop its training and go on later, as halving needs."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of a full training."""
+
+    def __call__(self, model: nn.Module) -> float | Outcome:
+        """Train to the end, and score.
+
+        Args:
+            model: The base model with the adapter, untrained.
+        """
+
+    def advance(
+        self,
+        model: nn.Module,
+        until: int,
+        resume_from: Path | None = None,
+        save_to: Path | None = None,
+    ) -> Outcome:
+        """Train until so many steps are done in all, and score.
+
+        The weights must be those of an uninterrupted training.
+
+        Args:
+            model: The model as it was before any training.
+            until: Steps in all, at most ``total_steps``.
+            resume_from: The folder that an earlier call was given as ``save_to``.
+            save_to: Folder for what going on needs; None if nobody will.
+        """
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The error that ended the evaluation of a cell."""
+
+    type: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        """Return what is to be kept of an exception.
+
+        Args:
+            error: The exception.
+        """
+        text = "".join(traceback.format_exception(error))
+        return cls(type(error).__name__, str(error), text)
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """A cell and what is known of it so far.
+
+    Args:
+        cell: Its samples and density.
+        entries: Number of selected entries.
+        outcomes: One for each rung that it reached; without halving there is one.
+        failure: The error of its last training, if that failed.
+    """
+
+    cell: Cell
+    entries: int
+    outcomes: tuple[Outcome, ...] = ()
+    failure: Failure | None = None
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The last outcome."""
+        return self.outcomes[-1] if self.outcomes else None
+
+    @property
+    def rung(self) -> int:
+        """Number of rungs that were reached."""
+        return len(self.outcomes)
+
+    @property
+    def seconds(self) -> float:
+        """Duration of all its trainings."""
+        return sum(outcome.seconds or 0.0 for outcome in self.outcomes)
+
+    def merit(self, rung: int = -1) -> tuple[float, float, int]:
+        """Return what cells are ordered by: score, fewer entries, fewer samples.
+
+        Args:
+            rung: The rung whose score counts; it must have been reached.
+        """
+        score = self.outcomes[rung].score
+        return score, -self.cell.density, -self.cell.num_samples

@@ -1,0 +1,202 @@
+"""Algorithm 1 with evaluation: which cell of the staircase is best."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from peft_ird.config import IRDConfig
+from peft_ird.search.folder import SearchFolder
+from peft_ird.search.halving import Rung, SuccessiveHalving, survivors
+from peft_ird.search.outcome import Evaluate, Resumable
+from peft_ird.search.result import SearchResult
+from peft_ird.search.staircase import cell_config, find_cells, select_cells
+from peft_ird.search.trial import Trial, weight_digest
+from peft_ird.search.workers import Workers
+from peft_ird.selection.calibration import Calibration
+from peft_ird.selection.schedule import Cell
+
+__all__ = ["search"]
+
+logger = logging.getLogger(__name__)
+
+_WRITTEN_LATER = (
+    "fingerprint", "format_version", "nnz_pattern", "peft_version", "provenance",
+    "shape_pattern",
+)  # fmt: skip
+
+
+def search(
+    model_init: Callable[[], nn.Module],
+    config: IRDConfig,
+    calibration: Calibration | Any | None,
+    evaluate: Evaluate,
+    output_dir: str | os.PathLike[str],
+    *,
+    halving: SuccessiveHalving | None = None,
+    workers: int | None = None,
+    devices: Sequence[str] | None = None,
+    memory_limit: int | None = None,
+) -> SearchResult:
+    """Evaluate every cell of the config's schedule, and say which is best.
+
+    The staircase is walked once; methods that shrink nothing, as ``"fish"``, select at
+    every cell by themselves. Each cell is written down when it is done: a search that
+    was interrupted goes on where it was when it is called again with the same
+    arguments, and cells that failed are tried again.
+
+    Args:
+        model_init: Makes the base model, head included, with the same weights each
+            time.
+        config: What is selected, and by which schedule.
+        calibration: The data to select on. Default: the config's own.
+        evaluate: Trains the model that it is given and returns a score, higher being
+            better, or an `Outcome`; as a `TrainerEvaluate`. It starts from the same
+            random state for every cell.
+        output_dir: Folder of the search, for no other one.
+        halving: Train all cells a little and only the best of them to the end.
+        workers: Cells at a time, each in a process of its own with its share of the
+            threads. Default: one for each device; without ``devices`` none, the cells
+            are evaluated here, one after another.
+        devices: Devices of these processes, as ``["cuda:0", "cuda:1"]``.
+        memory_limit: As for `select_parameters`.
+
+    Returns:
+        The result; `SearchResult.load` reads it again.
+
+    Raises:
+        ValueError: If the arguments do not fit each other, the folder holds a search
+            with other settings, or ``model_init`` makes different models.
+        TypeError: If halving is asked for, and the evaluation cannot stop and go on.
+    """
+    if halving is not None and not isinstance(evaluate, Resumable):
+        raise TypeError(
+            "`halving` needs an evaluation that can stop its training and go on, with "
+            f"`total_steps` and `advance`, as TrainerEvaluate; got {evaluate!r}."
+        )
+    crew = Workers(workers, devices)
+    crew.check(model_init=model_init, evaluate=evaluate)
+    data = config.calibration if calibration is None else Calibration.of(calibration)
+    campaign = Campaign(
+        SearchFolder(Path(output_dir)), model_init, config, data, evaluate, halving
+    )
+    cells = campaign.begin(memory_limit)
+    for number, rung in enumerate(campaign.rungs):
+        campaign.train(number, rung, cells, crew)
+    return SearchResult.load(output_dir)
+
+
+@dataclass
+class Campaign:
+    """A search under way: what it was asked for, and what is in its folder."""
+
+    folder: SearchFolder
+    model_init: Callable[[], nn.Module]
+    config: IRDConfig
+    calibration: Calibration | None
+    evaluate: Evaluate
+    halving: SuccessiveHalving | None
+    base: str = ""
+    rungs: tuple[Rung, ...] = ()
+
+    def begin(self, memory_limit: int | None) -> tuple[Cell, ...]:
+        """Take the folder and select, unless that is done; return the cells."""
+        if self.config.selection is not None:
+            raise ValueError(
+                "`config` has a `selection`, but a search makes its own. Leave it out."
+            )
+        model = self.model_init()
+        self.base = weight_digest(model)
+        cells = find_cells(model, self.config, self.calibration)
+        self.rungs = self._plan(len(cells))
+        self.folder.claim(self._settings(cells))
+        if not all(folder.is_selected for folder in self.folder.cells()):
+            selections = select_cells(
+                model, self.config, cells, self.calibration, memory_limit
+            )
+            self.folder.begin(cells, selections)
+        return cells
+
+    def train(
+        self, number: int, rung: Rung, cells: Sequence[Cell], crew: Workers
+    ) -> None:
+        """Bring the best cells to a rung, and delete what nobody will need."""
+        folders = self.folder.cells()
+        alive = survivors([f.read() for f in folders], self.rungs[: number + 1])
+        trials = [
+            trial
+            for trial in (self._trial(i, number, rung, cells) for i in alive)
+            if not self._is_done(trial)
+        ]
+        label = "cells" if len(self.rungs) == 1 else f"rung {number + 1}"
+        with tqdm(
+            total=len(alive), initial=len(alive) - len(trials), desc=label
+        ) as bar:
+            for _ in crew.run(trials):
+                bar.update()
+        self._report(trials)
+        records = [folder.read() for folder in folders]
+        going_on = survivors(records, self.rungs[: number + 2])
+        for i, folder in enumerate(folders):
+            if records[i].failure is None:
+                is_last = number == len(self.rungs) - 1
+                folder.drop_rungs(number if i in going_on and not is_last else None)
+
+    def _plan(self, cells: int) -> tuple[Rung, ...]:
+        if self.halving is None:
+            return (Rung(cells, None),)
+        assert isinstance(self.evaluate, Resumable)
+        return self.halving.rungs(cells, self.evaluate.total_steps)
+
+    def _settings(self, cells: Sequence[Cell]) -> dict[str, Any]:
+        """Return all that has an influence on the result."""
+        data, halving = self.calibration, self.halving
+        describe = getattr(self.evaluate, "settings", None)
+        config = self.config.to_dict()
+        digest = data and {"digest": data.digest(), "samples": len(data)}
+        return {
+            "config": {k: v for k, v in config.items() if k not in _WRITTEN_LATER},
+            "cells": cells,
+            "data": digest or None,
+            "base": self.base,
+            "evaluate": None if describe is None else describe(),
+            "halving": halving and {"eta": halving.eta, "cost": halving.cost},
+        }
+
+    def _trial(self, i: int, number: int, rung: Rung, cells: Sequence[Cell]) -> Trial:
+        return Trial(
+            model_init=self.model_init,
+            evaluate=self.evaluate,
+            config=cell_config(self.config, cells, i),
+            path=self.folder.cells()[i].path,
+            base=self.base,
+            rung=number,
+            until=rung.steps,
+            is_last=number == len(self.rungs) - 1,
+        )
+
+    def _is_done(self, trial: Trial) -> bool:
+        """Return whether a cell has come to the rung; one that has stopped does so."""
+        record = trial.folder.read()
+        if record.rung <= trial.rung and record.outcome and record.outcome.stopped:
+            again = replace(record.outcome, seconds=0.0)
+            trial.folder.write(replace(record, outcomes=(*record.outcomes, again)))
+            return True
+        return record.rung > trial.rung
+
+    @staticmethod
+    def _report(trials: Iterable[Trial]) -> None:
+        for trial in trials:
+            record = trial.folder.read()
+            if record.failure is not None:
+                logger.warning(
+                    "The cell of %d samples and density %g failed: %s: %s. Its "
+                    "traceback is in %s.",
+                    *record.cell, record.failure.type, record.failure.message,
+                    trial.path,
+                )  # fmt: skip
