@@ -128,7 +128,7 @@ class TrainerEvaluate:
             return list(range(available)), []
         count = self.held_out
         if isinstance(count, float):
-            count = max(1, round(count * available)) if count < 1 else 0
+            count = max(1, round(count * available)) if 0 < count < 1 else 0
         if not 0 < count < available:
             raise ValueError(
                 "`held_out` must be a share in (0, 1) or a number of samples below "
@@ -179,6 +179,7 @@ class TrainerEvaluate:
             return self._scored(trainer, best.stopped, start)
 
     def _scored(self, trainer: Trainer, stopped: bool, start: float) -> Outcome:
+        trainer.args.dataloader_drop_last = False  # it would leave samples out
         steps = trainer.state.global_step
         metrics = trainer.predict(
             trainer.eval_dataset, metric_key_prefix="eval"

@@ -141,11 +141,11 @@ class Campaign:
                 bar.update()
         self._report(trials)
         records = [folder.read() for folder in folders]
-        going_on = survivors(records, self.rungs[: number + 2])
-        for i, folder in enumerate(folders):
-            if records[i].failure is None:
-                is_last = number == len(self.rungs) - 1
-                folder.drop_rungs(number if i in going_on and not is_last else None)
+        is_last = number == len(self.rungs) - 1
+        going_on = [] if is_last else survivors(records, self.rungs[: number + 2])
+        for i, (folder, record) in enumerate(zip(folders, records, strict=True)):
+            if record.failure is None:
+                folder.drop_rungs(record.rung - 1 if i in going_on else None)
 
     def _plan(self, cells: int) -> tuple[Rung, ...]:
         if self.halving is None:

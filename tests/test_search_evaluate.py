@@ -1,0 +1,461 @@
+"""Scores by fine-tuning: what is held out, when training stops, and how it goes on."""
+
+import pickle
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from peft_ird import (
+    IRDConfig,
+    Outcome,
+    SearchResult,
+    SuccessiveHalving,
+    TrainerEvaluate,
+    search,
+)
+from peft_ird.search.stopping import BestWeights
+from tests.conftest import make_model
+from tests.test_trainer import arguments, toy_task
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*pin_memory.*", "ignore:.*no accelerator is found.*"
+)
+MODEL = partial(make_model, "bert")
+DATA = toy_task("bert", 80)
+
+
+def accuracy(prediction):
+    hits = prediction.predictions.argmax(-1) == prediction.label_ids
+    return {"accuracy": float(hits.mean())}
+
+
+def stock(folder, eval_data=None, arguments_=None, **options):
+    args = {"logging_strategy": "no", "max_steps": 12, **(arguments_ or {})}
+    options = {"metric": "accuracy", "compute_metrics": accuracy, **options}
+    return TrainerEvaluate(arguments(folder, **args), DATA, eval_data, **options)
+
+
+def adapted(seed=0, density=0.05):
+    settings = IRDConfig(
+        task_type="SEQ_CLS", method="random", density=density, seed=seed
+    )
+    return get_peft_model(MODEL(), settings)
+
+
+def trained(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()
+            if p.requires_grad}  # fmt: skip
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.parametrize(("held_out", "count"), [(0.1, 8), (0.25, 20), (7, 7), (1, 1)])
+def test_what_is_held_out_is_not_trained_on(tmp_path, held_out, count):
+    train, held = stock(tmp_path, held_out=held_out).positions()
+    assert sorted(train + held) == list(range(80))
+    assert len(held) == count
+    again = stock(tmp_path, held_out=held_out).positions()
+    other = stock(tmp_path, held_out=held_out, seed=1).positions()
+    assert again == (train, held) != other
+
+
+def test_the_trainer_sees_no_more_than_that(tmp_path, monkeypatch):
+    seen = {}
+    init = Trainer.__init__
+
+    def look(self, *args, **kwargs):
+        seen.update(kwargs)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "__init__", look)
+    rows = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in DATA])
+    for data in (DATA, rows):
+        evaluate = stock(tmp_path, held_out=0.2, arguments_={"max_steps": 1})
+        evaluate.train_dataset = data
+        train, held = evaluate.positions()
+        evaluate(adapted())
+        for name, positions in (("train_dataset", train), ("eval_dataset", held)):
+            ids = [torch.as_tensor(row["input_ids"]).tolist() for row in seen[name]]
+            assert ids == [DATA[i]["input_ids"].tolist() for i in positions]
+
+
+@pytest.mark.parametrize("held_out", [0, None, 0.2])
+def test_cells_are_chosen_on_what_is_held_out_and_reported_on_the_rest(
+    tmp_path, held_out
+):
+    shown = toy_task("bert", 100)[80:]
+    model = adapted()
+    evaluate = stock(tmp_path, shown, held_out=held_out)
+    outcome = evaluate(model)
+
+    def score(samples):
+        batch = {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
+        with torch.no_grad():
+            found = model.eval()(**batch).logits.argmax(-1)
+        return float((found == batch["labels"]).double().mean())
+
+    _, held = evaluate.positions()
+    chosen_on = [DATA[i] for i in held] if held_out else shown
+    assert outcome.score == pytest.approx(score(chosen_on))
+    assert outcome.reported == pytest.approx(score(shown))
+    assert outcome.steps == 12
+    assert outcome.seconds > 0
+    assert not any(tmp_path.iterdir())  # every cell clears its folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": 0}, "nothing to choose cells on"),
+        ({"held_out": None}, "nothing to choose cells on"),
+        ({"held_out": 80}, "below 80"),
+        ({"held_out": 1.0}, "below 80"),
+        ({"held_out": -0.1}, "`held_out` must be a share"),
+    ],
+)
+def test_a_bad_split_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        stock(tmp_path, **options)
+
+
+def test_the_metric_is_found_with_and_without_its_prefix(tmp_path):
+    outcomes = [
+        stock(tmp_path, metric=metric)(adapted())
+        for metric in ("accuracy", "eval_accuracy")
+    ]
+    assert outcomes[0].score == outcomes[1].score
+
+
+def test_an_unknown_metric_says_which_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"'f1'.* returned accuracy, .*loss"):
+        stock(tmp_path, metric="f1")(adapted())
+
+
+def test_a_metric_that_is_to_be_small_is_negated(tmp_path):
+    outcome = stock(tmp_path, metric="loss")(adapted())
+    assert outcome.score == -outcome.metrics["eval_loss"] < 0
+    outcome = stock(tmp_path, greater_is_better=False)(adapted())
+    assert outcome.score == -outcome.metrics["eval_accuracy"]
+    arguments_ = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    assert stock(tmp_path, metric="loss", arguments_=arguments_).greater_is_better
+    assert stock(tmp_path, arguments_=arguments_).greater_is_better
+
+
+def stops_after(scores, patience, threshold):
+    """Say after how many evaluations it is over, by looking at all of them anew."""
+    for seen in range(1, len(scores) + 1):
+        best = max(scores[:seen])
+        since = seen - 1 - scores.index(best)
+        if since >= patience and best > threshold:
+            return seen
+    return None
+
+
+@given(
+    st.lists(st.integers(0, 10), min_size=1, max_size=20),
+    st.integers(1, 4),
+    st.integers(0, 10),
+    st.booleans(),
+)
+def test_training_stops_without_gain_above_the_threshold(
+    scores, patience, threshold, is_greater_better
+):
+    sign = 1 if is_greater_better else -1
+    best = BestWeights("f1", is_greater_better, patience, sign * threshold)
+    found = None
+    for number, score in enumerate(scores, 1):
+        best.see(sign * score)
+        if best.stopped:
+            found = number
+            break
+    assert found == stops_after(scores, patience, threshold)
+
+
+def test_without_patience_training_never_stops():
+    best = BestWeights("f1", patience=None)
+    for _ in range(100):
+        best.see(0.9)
+    assert not best.stopped
+
+
+class Script(TrainerCallback):
+    """Notes the trained weights at every evaluation."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_evaluate(self, _args, _state, _control, model, **_):
+        self.seen.append(trained(model))
+
+
+def test_the_best_weights_are_scored(tmp_path, monkeypatch):
+    """The metric falls after the second evaluation; training stops two later."""
+    script, scores = Script(), iter([0.4, 0.8, 0.6, 0.5, 0.9, 0.9])
+    build = TrainerEvaluate._trainer
+
+    def with_script(self, model, folder, best):
+        trainer = build(self, model, folder, best)
+        trainer.add_callback(script)
+        return trainer
+
+    monkeypatch.setattr(TrainerEvaluate, "_trainer", with_script)
+    evaluate = stock(
+        tmp_path, patience=2, compute_metrics=lambda _: {"accuracy": next(scores)},
+        arguments_={"eval_strategy": "steps", "eval_steps": 2, "max_steps": 30},
+    )  # fmt: skip
+    model = adapted()
+    outcome = evaluate(model)
+    assert (outcome.steps, outcome.stopped) == (8, True)
+    assert len(script.seen) == 4
+    assert equal(trained(model), script.seen[1])
+    assert not equal(trained(model), script.seen[3])
+
+
+def test_an_evaluation_can_be_sent_to_another_process(tmp_path):
+    evaluate = stock(tmp_path, DATA[:8])
+    again = pickle.loads(pickle.dumps(evaluate))
+    assert again.settings() == evaluate.settings()
+    assert again(adapted()).score == evaluate(adapted()).score
+
+
+def test_settings_name_what_matters(tmp_path):
+    one, two = stock(tmp_path / "a"), stock(tmp_path / "b", seed=1)
+    assert {k for k, v in one.settings().items() if two.settings()[k] != v} == {"seed"}
+    slower = stock(tmp_path, arguments_={"learning_rate": 1e-3}).settings()
+    assert slower["training_args"]["learning_rate"] == 1e-3
+    two.train_dataset = DATA[1:]
+    assert one.settings()["train_data"] != two.settings()["train_data"]
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"max_steps": 7}, 80),
+        ({"max_steps": -1, "num_train_epochs": 2}, 80),
+        ({"max_steps": -1, "num_train_epochs": 1.5, "dataloader_drop_last": True}, 77),
+        ({"max_steps": -1, "gradient_accumulation_steps": 3}, 79),
+    ],
+)
+def test_total_steps_are_those_that_the_trainer_takes(tmp_path, options, size):
+    evaluate = stock(tmp_path, held_out=5, arguments_=options)
+    evaluate.train_dataset = DATA[:size]
+    assert evaluate(adapted()).steps == evaluate.total_steps
+
+
+STRATEGIES = {
+    "none": {},
+    "epoch": {"eval_strategy": "epoch"},
+    "steps": {"eval_strategy": "steps", "eval_steps": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pauses"),
+    [("none", (4, 10)), ("epoch", (5, 9)), ("epoch", (4, 10)), ("steps", (4, 10))],
+)
+def test_going_on_gives_the_weights_of_an_uninterrupted_training(
+    tmp_path, strategy, pauses
+):
+    """An epoch has 5 steps: some pauses are at its end and some in its middle."""
+    evaluate = stock(tmp_path / "home", arguments_={**STRATEGIES[strategy]},
+                     held_out=5, patience=None)  # fmt: skip
+    assert any(isinstance(m, nn.Dropout) and m.p for m in adapted().modules())
+    model = adapted()
+    whole = evaluate(model)
+    source = None
+    for number, until in enumerate((*pauses, 12)):
+        paused = adapted()
+        target = tmp_path / str(number) if until < 12 else None
+        outcome = evaluate.advance(paused, until, source, target)
+        assert outcome.steps == until
+        source = target
+    assert equal(trained(paused), trained(model))
+    assert outcome.score == whole.score
+
+
+def test_patience_is_kept_across_a_pause(tmp_path):
+    def scored(*scores):
+        script = iter(scores)
+        return stock(
+            tmp_path / "home", patience=3,
+            compute_metrics=lambda _: {"accuracy": next(script)},
+            arguments_={"eval_strategy": "steps", "eval_steps": 2, "max_steps": 30},
+        )  # fmt: skip
+
+    end = 0.1  # what the weights that are scored get, after training
+    whole = scored(0.5, 0.8, 0.7, 0.6, 0.7, end)
+    assert whole(adapted()).steps == 10
+    evaluate = scored(0.5, 0.8, 0.7, end, 0.6, 0.7, end)
+    first = evaluate.advance(adapted(), 6, None, tmp_path / "pause")
+    assert not first.stopped
+    outcome = evaluate.advance(adapted(), 30, tmp_path / "pause")
+    assert outcome.stopped
+    assert outcome.steps == 10
+
+
+COSTS = [(7, 3, 2.0), (7, 3, 1.5), (7, 2, 2.5), (2, 3, 1.1), (1, 2, 1.5), (9, 4, 20.0)]
+
+
+@pytest.mark.parametrize(("cells", "eta", "cost"), COSTS)
+@pytest.mark.parametrize("total", [100, 101, 997])
+def test_rungs_stay_within_the_cost(cells, eta, cost, total):
+    rungs = SuccessiveHalving(eta, cost).rungs(cells, total)
+    done = spent = 0
+    for rung in rungs:
+        assert rung.steps >= done
+        spent += rung.cells * (rung.steps - done)
+        done = rung.steps
+    assert rungs[0].cells == cells
+    assert (rungs[-1].cells, done) == (1, total)
+    assert spent <= cost * total
+    counts = [rung.cells for rung in rungs]
+    assert all(-(-n // eta) == m for n, m in pairwise(counts))
+
+
+def test_seven_cells_are_trained_a_tenth_then_three_tenths():
+    rungs = SuccessiveHalving(3, 2.0).rungs(7, 100)
+    assert [(r.cells, r.steps) for r in rungs] == [(7, 10), (3, 30), (1, 100)]
+
+
+@pytest.mark.parametrize("options", [{"eta": 1}, {"cost": 1.0}])
+def test_bad_halving_is_refused(options):
+    with pytest.raises(ValueError, match="`eta` must be at least 2"):
+        SuccessiveHalving(**options)
+
+
+def test_a_training_too_short_to_be_halved_is_refused():
+    with pytest.raises(ValueError, match="first rung would have no step"):
+        SuccessiveHalving().rungs(7, 5)
+
+
+class Toy:
+    """Learns at a rate of its own: scores at all times are in the order of sizes."""
+
+    total_steps = 40
+
+    def __init__(self, interrupts=(), fails=(), stops=()):
+        self.interrupts, self.fails, self.stops = interrupts, fails, stops
+        self.calls = []
+
+    def __call__(self, model):
+        return self.advance(model, self.total_steps)
+
+    def advance(self, model, until, resume_from=None, save_to=None):
+        size = sum(p.numel() for n, p in model.named_parameters() if "irdelta_v" in n)
+        done = int((resume_from / "steps").read_text()) if resume_from else 0
+        number = len(self.calls)
+        self.calls.append((size, done, until))
+        if number in self.interrupts:
+            raise KeyboardInterrupt
+        if number in self.fails:
+            raise RuntimeError("out of luck")
+        if save_to is not None:
+            save_to.mkdir()
+            (save_to / "steps").write_text(str(until))
+        return Outcome(
+            -until / (size + until), steps=until, stopped=number in self.stops
+        )
+
+
+CELLS = [(8, 0.1), (8, 0.08), (8, 0.06), (8, 0.04), (8, 0.02)]
+
+
+def halved(folder, evaluate, halving=SuccessiveHalving(2, 2.0)):  # noqa: B008 (frozen)
+    settings = IRDConfig(
+        task_type="SEQ_CLS", method="random", density=0.02, schedule=CELLS
+    )
+    return search(MODEL, settings, None, evaluate, folder, halving=halving)
+
+
+def test_halving_finds_the_best_at_a_bounded_cost(tmp_path):
+    toy = Toy()
+    whole = halved(tmp_path / "whole", toy, halving=None)
+    assert whole.total_steps == 5 * 40
+    result = halved(tmp_path / "halved", Toy())
+    assert result.best.cell == whole.best.cell == (8, 0.1)
+    assert [r.rung for r in result.records] == [4, 3, 2, 1, 1]
+    assert result.outcomes[0].steps == 40
+    assert result.total_steps <= 2 * 40
+    assert result.table().splitlines()[0].endswith("rung")
+    assert not list(tmp_path.glob("halved/*/rung-*"))
+    assert SearchResult.load(tmp_path / "halved").records == result.records
+
+
+@pytest.mark.parametrize("at", [0, 3, 5, 7, 9, 10])
+def test_halving_goes_on_after_an_interruption(tmp_path, at):
+    whole = Toy()
+    expected = halved(tmp_path / "whole", whole)
+    first, second = Toy(interrupts=[at]), Toy()
+    with pytest.raises(KeyboardInterrupt):
+        halved(tmp_path / "cut", first)
+    result = halved(tmp_path / "cut", second)
+    assert first.calls[:at] + second.calls == whole.calls
+    assert result.scores == expected.scores
+    assert result.best == expected.best or result.best.cell == expected.best.cell
+
+
+def test_a_cell_that_fails_in_a_rung_leaves_its_place_to_the_others(tmp_path):
+    toy = Toy(fails=[5])  # the best cell, on its way to the second rung
+    result = halved(tmp_path, toy)
+    assert list(result.errors) == [(8, 0.1)]
+    assert result.best.cell == (8, 0.08)
+    again = halved(tmp_path, Toy())
+    assert not again.errors
+    assert again.best.cell == (8, 0.1)
+
+
+def test_a_training_that_has_ended_is_not_gone_on_with(tmp_path):
+    toy = Toy(stops=[0])
+    result = halved(tmp_path, toy)
+    assert len(toy.calls) == 5 + 2 + 1  # the best cell has only one
+    assert result.best.cell == (8, 0.1)
+    assert result.records[0].rung == 4
+
+
+def test_halving_by_the_stock_trainer(tmp_path):
+    evaluate = stock(
+        tmp_path / "home", DATA[:16], arguments_={"max_steps": 20}, metric="loss"
+    )
+    settings = IRDConfig(
+        task_type="SEQ_CLS", density=0.02, schedule=[(8, 0.1), (4, 0.1), (4, 0.02)]
+    )
+    halving = SuccessiveHalving(3, 2.0)
+    result = search(MODEL, settings, DATA, evaluate, tmp_path / "a", halving=halving)
+    whole = search(MODEL, settings, DATA, evaluate, tmp_path / "b")
+    assert result.total_steps <= 2 * 20
+    number = result.records.index(result.best)
+    assert result.best.outcome.score == whole.scores[number]
+    assert result.best.outcome.reported == whole.outcomes[number].reported
+    saved = PeftModel.from_pretrained(MODEL(), result.best_adapter)
+    other = tmp_path / "b" / f"cell-{number + 1:02d}" / "adapter"
+    expected = PeftModel.from_pretrained(MODEL(), other)
+    assert equal(dict(saved.named_parameters()), dict(expected.named_parameters()))
+    assert not any((tmp_path / "home").iterdir())
+
+
+@pytest.mark.slow
+def test_the_stock_trainer_in_processes(tmp_path):
+    evaluate = stock(tmp_path / "home", DATA[:16], arguments_={"max_steps": 4})
+    settings = IRDConfig(
+        task_type="SEQ_CLS", density=0.02, schedule=[(8, 0.1), (8, 0.02)]
+    )
+    alone = search(MODEL, settings, DATA, evaluate, tmp_path / "a")
+    together = search(MODEL, settings, DATA, evaluate, tmp_path / "b", workers=2)
+    assert together.scores == alone.scores
+    assert [o.reported for o in together.outcomes] == [
+        o.reported for o in alone.outcomes
+    ]
+    files = sorted(tmp_path.glob("[ab]/*/adapter/adapter_model.safetensors"))
+    contents = [file.read_bytes() for file in files]
+    assert len(files) == 4
+    assert contents[:2] == contents[2:]
