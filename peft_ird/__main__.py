@@ -18,7 +18,8 @@ from peft import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from peft_ird.config import IRDConfig
 from peft_ird.search.result import SearchResult
@@ -35,6 +36,7 @@ _CLASSES = {
     "TOKEN_CLS": AutoPeftModelForTokenClassification,
 }
 _HEAD = re.compile(r"(^|\.)(classifier|score)\.(.*\.)?weight$")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _ABOUT = "Look at adapters, selections and searches; merge adapters."
 _ADAPTER, _SEARCH = "adapter_config.json", "search.json"
 
@@ -91,17 +93,23 @@ def _inspect(options: argparse.Namespace) -> str:
         result = SearchResult.load(path)
         return f"{result!r}\n\n{result.table()}"
     if (path / _ADAPTER).is_file():
-        return _describe_adapter(IRDConfig.from_pretrained(str(path)), path)
+        return _describe_adapter(_adapter_config(path))
     raise ValueError(
         f"'{path}' is no adapter (it has no {_ADAPTER}), no search (no {_SEARCH}) and "
         "no selection file."
     )
 
 
-def _describe_adapter(config: Any, path: Path) -> str:
-    """Say where an adapter comes from and which modules it changes."""
+def _adapter_config(source: str | Path) -> IRDConfig:
+    config: Any = IRDConfig.from_pretrained(str(source))
     if not isinstance(config, IRDConfig):
-        raise ValueError(f"'{path}' is an adapter of type {config.peft_type}, not IRD.")
+        kind = str(config.peft_type.value)
+        raise ValueError(f"'{source}' is an adapter of type {kind}, not IRD.")
+    return config
+
+
+def _describe_adapter(config: IRDConfig) -> str:
+    """Say where an adapter comes from and which modules it changes."""
     counts = config.nnz_pattern or {}
     total = sum(sum(named.values()) for named in counts.values())
     origin = config.provenance or {}
@@ -139,20 +147,27 @@ def _plot(options: argparse.Namespace) -> str:
 
 
 def _merge(options: argparse.Namespace) -> str:
-    config = IRDConfig.from_pretrained(options.adapter)
+    config = _adapter_config(options.adapter)
+    base = config.base_model_name_or_path
+    labels = _label_count(Path(options.adapter))
     kwargs = {}
-    if labels := _label_count(Path(options.adapter)):
-        kwargs["num_labels"] = labels
+    if labels and labels != AutoConfig.from_pretrained(base).num_labels:
+        # The head that the base brings is replaced by the adapter's.
+        kwargs = {"num_labels": labels, "ignore_mismatched_sizes": True}
     auto_class = _CLASSES.get(config.task_type, AutoPeftModel)
     model = auto_class.from_pretrained(options.adapter, **kwargs)
     model.merge_and_unload().save_pretrained(str(options.output))
-    for source in (options.adapter, config.base_model_name_or_path):
-        try:
+    for source in (options.adapter, base):
+        if _has_tokenizer(source):
             AutoTokenizer.from_pretrained(source).save_pretrained(str(options.output))
-        except (OSError, LookupError, ValueError):
-            continue
-        return f"{options.output}, with its tokenizer"
+            return f"{options.output}, with its tokenizer"
     return f"{options.output}, without a tokenizer: none was found"
+
+
+def _has_tokenizer(source: str) -> bool:
+    """Return whether there are files of one; without them it would be an empty one."""
+    is_listed = any(Path(source, name).is_file() for name in _VOCABULARIES)
+    return is_listed or bool(get_tokenizer_config(source))
 
 
 def _label_count(adapter: Path) -> int | None:
