@@ -22,6 +22,8 @@ from peft_ird import (
 )
 from peft_ird.search.halving import survivors
 from peft_ird.search.outcome import CellRecord
+from peft_ird.search.workers import _settle_in
+from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.schedule import Cell
 from tests.conftest import make_batch, make_model, make_samples
 
@@ -387,3 +389,21 @@ def test_a_cell_that_failed_goes_no_further():
     found, rungs = ladder(4, [[], [0.4], [0.3, 0.6], []])
     assert survivors(found, rungs[:2]) == [1, 2]
     assert survivors(found, rungs[:3]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [("cuda:1", None, "1"), ("cuda:1", "4,7", "7"), ("cuda", "4,7", "4")],
+)
+def test_a_process_sees_its_own_gpu_only(monkeypatch, device, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    _settle_in(device, torch.get_num_threads())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Ranks, "__init__", lambda self: setattr(self, "size", 2))
+    with pytest.raises(ValueError, match="without torchrun"):
+        run(tmp_path, Evaluate())

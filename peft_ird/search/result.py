@@ -168,6 +168,7 @@ class SearchResult:
         path: str | os.PathLike[str],
         counterpart: "SearchResult | None" = None,
         titles: Sequence[str] | None = None,
+        by: str = "score",
     ) -> None:
         """Write the picture of `draw_search`, as the paper's Fig. 2; needs matplotlib.
 
@@ -175,9 +176,10 @@ class SearchResult:
             path: The file; its ending says the format.
             counterpart: The search that it is compared with, as one of FISH.
             titles: What stands above the matrices. Default: the methods.
+            by: What is drawn, ``"score"`` or ``"reported"``.
         """
         drawing = importlib.import_module("peft_ird.search.plot_search")
-        drawing.plot_search(self, path, counterpart, titles)
+        drawing.plot_search(self, path, counterpart, titles, by)
 
     @property
     def _folders(self) -> list[CellFolder]:

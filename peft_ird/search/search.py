@@ -19,6 +19,7 @@ from peft_ird.search.staircase import cell_config, find_cells, select_cells
 from peft_ird.search.trial import Trial, weight_digest
 from peft_ird.search.workers import Workers
 from peft_ird.selection.calibration import Calibration
+from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.schedule import Cell
 
 __all__ = ["search"]
@@ -61,8 +62,9 @@ def search(
         output_dir: Folder of the search, for no other one.
         halving: Train all cells a little and only the best of them to the end.
         workers: Cells at a time, each in a process of its own with its share of the
-            threads. Default: one for each device; without ``devices`` none, the cells
-            are evaluated here, one after another.
+            threads; a script that asks for them needs ``if __name__ == "__main__":``.
+            Default: one for each device; without ``devices`` none, the cells are
+            evaluated here, one after another.
         devices: Devices of these processes, as ``["cuda:0", "cuda:1"]``.
         memory_limit: As for `select_parameters`.
 
@@ -78,6 +80,11 @@ def search(
         raise TypeError(
             "`halving` needs an evaluation that can stop its training and go on, with "
             f"`total_steps` and `advance`, as TrainerEvaluate; got {evaluate!r}."
+        )
+    if Ranks().size > 1:
+        raise ValueError(
+            "A search is run by one process, but this is one of several. Start it "
+            "without torchrun and pass `devices`."
         )
     crew = Workers(workers, devices)
     crew.check(model_init=model_init, evaluate=evaluate)

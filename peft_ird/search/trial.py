@@ -67,6 +67,7 @@ class Trial:
         start = time.perf_counter()
         try:
             with own_randomness(self.config.seed):
+                torch.manual_seed(self.config.seed)  # of GPUs, too
                 outcome = self._evaluated(self._model())
         except UnsteadyModelError:
             raise
