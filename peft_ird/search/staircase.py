@@ -57,10 +57,10 @@ def cell_config(config: IRDConfig, cells: Sequence[Cell], number: int) -> IRDCon
     found = copy.deepcopy(config)
     if number < len(cells) - 1 or config.budget is None:
         found.density, found.budget = cell.density, None
-    found.num_samples = cell.num_samples
     if config.method in WALKED:
-        found.num_samples = cells[0].num_samples
         found.schedule = [(n, density) for n, density in cells[: number + 1]]
+    else:
+        found.num_samples = cell.num_samples
     return found
 
 
