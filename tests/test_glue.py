@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from scipy import stats
 from torch import nn
 
@@ -453,3 +454,34 @@ def test_the_figures_show_every_row(runner, load, tmp_path):
     left, right = load("glue_budget").draw(results).axes
     assert [text.get_text() for text in left.texts] == ["25", "75"] * 2
     assert [text.get_text() for text in right.texts] == ["100"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_staircases_are_searched_written_and_drawn(load, tmp_path, monkeypatch):
+    search_study = load("search_study")
+    monkeypatch.setattr(search_study, "RESULTS", tmp_path)
+    rows = {name: values * 3 for name, values in SENTENCES.items()}
+    data = write_glue(tmp_path / "glue", "sst2", rows)
+    model = tiny_checkpoint(tmp_path / "model", "bert")
+    arguments = (
+        f"--task sst2 --data-dir {data} --model {model} --max-train 160 --held-out 32 "
+        f"--epochs 1 --batch-size 4 --output-dir {tmp_path / 'out'}"
+    ).split()
+    search_study.main(arguments)
+    content = json.loads((tmp_path / "search-sst2.json").read_text())
+    assert str(tmp_path) not in json.dumps(content)
+    whole = content["searches"]["ird"]
+    assert [record["cell"][0] for record in whole] == [128, 32, 32, 16, 16, 1, 1]
+    scores = [record["outcomes"][-1]["score"] for record in whole]
+    facts = content["halving"]
+    assert facts["best_score"] == max(scores)
+    assert facts["score"] <= max(scores)
+    assert facts["steps_in_trainings"] <= search_study.COST
+    pictures = {
+        search_study.draw_staircases: ["FISH Mask", "IRD"],
+        search_study.draw_contrast: ["IRD", "reverse IRD"],
+    }
+    for draw, titles in pictures.items():
+        texts = [text.get_text() for text in draw(content).findobj(Text)]
+        assert set(titles) <= set(texts)

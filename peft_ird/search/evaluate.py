@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Subset
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from peft_ird.search.outcome import Outcome
 from peft_ird.search.stopping import BestWeights, PauseAt, named_metric
@@ -196,7 +196,7 @@ class TrainerEvaluate:
     def _trainer(self, model: nn.Module, folder: Path, best: BestWeights) -> Trainer:
         train, held_out = self.positions()
         chosen_on = _rows(self.train_dataset, held_out) if held_out else None
-        return Trainer(
+        trainer = Trainer(
             model=model,
             args=self._arguments(folder),
             train_dataset=_rows(self.train_dataset, train),
@@ -206,6 +206,8 @@ class TrainerEvaluate:
             processing_class=self.processing_class,
             callbacks=[best],
         )
+        trainer.remove_callback(PrinterCallback)  # a search has its own progress bar
+        return trainer
 
     def _arguments(self, folder: Path) -> TrainingArguments:
         """Return the arguments for one cell, made anew for this process's devices."""
