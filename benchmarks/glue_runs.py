@@ -7,8 +7,9 @@ first. What has a file in ``results/glue`` is not run again, and a stopped run l
 file, so the table grows with the time at hand.
 
 The learning rate of each row is found by the first seed on some of the tasks: from the
-row's ``rate`` it climbs a ladder until both neighbours of the best score worse, on the
-mean over training samples that are held out. All tasks and seeds take that rate.
+row's ``rate`` and its neighbours it climbs a ladder until both neighbours of the best
+score worse, on the mean over training samples that are held out. All tasks and seeds
+take that rate.
 """
 
 import argparse
@@ -180,13 +181,18 @@ def next_rates(scores: Mapping[float, float], start: float) -> tuple[float, ...]
 
     Args:
         scores: The scores of the rates tried so far.
-        start: The rate to try first, one of the ladder's.
+        start: The rate to try first, one of the ladder's, with its neighbours.
     """
-    if not scores:
-        return (start,)
-    place = LADDER.index(best_rate(scores))
-    around = (*LADDER[max(0, place - 1) : place], *LADDER[place + 1 : place + 2])
-    return tuple(rate for rate in around if rate not in scores)
+    first = tuple(rate for rate in _around(start) if rate not in scores)
+    if first:
+        return first
+    return tuple(rate for rate in _around(best_rate(scores)) if rate not in scores)
+
+
+def _around(rate: float) -> tuple[float, ...]:
+    """Return a rate and its neighbours on the ladder."""
+    place = LADDER.index(rate)
+    return LADDER[max(0, place - 1) : place + 2]
 
 
 def load_results(experiment: str) -> list[Result]:

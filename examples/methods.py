@@ -113,6 +113,22 @@ def lora(model: nn.Module, plan: Plan) -> Built:
     return Built(get_peft_model(model, config))
 
 
+def lora_everywhere(model: nn.Module, plan: Plan) -> Built:
+    """Train updates of all linear layers, of rank 1 unless told otherwise.
+
+    Rank 1 is the least, whatever the budget.
+    """
+    rank = plan.rank or 1
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        fan_in_fan_out=model.config.model_type == "gpt2",
+    )
+    return Built(get_peft_model(model, config))
+
+
 def fitting_ranks(targets: Mapping[str, nn.Module], budget: int) -> dict[str, int]:
     """Share a budget out among modules, one rank after the other from the top.
 
@@ -216,6 +232,7 @@ METHODS: dict[str, Callable[[nn.Module, Plan], Built]] = {
     "bias": bias,
     "diff_pruning": diff_pruning,
     "lora": lora,
+    "lora-everywhere": lora_everywhere,
     "shira": shira,
     "supertuning": supertuning,
     "full": full,

@@ -1,7 +1,6 @@
 """The configuration of the tuner."""
 
 import copy
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,16 @@ from typing import Any
 from peft.config import PeftConfig
 
 from peft_ird._registration import IRD
+from peft_ird.options import check
 from peft_ird.selection.calibration import Calibration
-from peft_ird.selection.criteria import METHODS, NEEDS_DATA
-from peft_ird.selection.entries import SCOPES
+from peft_ird.selection.criteria import NEEDS_DATA
 from peft_ird.selection.schedule import check_schedule
 from peft_ird.selection.selection import Selection
-from peft_ird.sparse.storage import FORMAT, Entries, read_adapter_file
+from peft_ird.sparse.storage import Entries, read_adapter_file
 
 __all__ = ["IRDConfig"]
 
 _RUNTIME_ONLY = ("calibration", "selection", "memory_limit", "ignore_base_mismatch")
-_CHOICES = {
-    "method": METHODS,
-    "sample_score": ("selected", "all"),
-    "fisher": ("empirical", "sampled"),
-    "sample_scaling": ("none", "length", "loss"),
-    "scope": SCOPES,
-    "save_dtype": (None, "float32", "bfloat16"),
-}
 
 
 def option(default: Any, text: str) -> Any:
@@ -225,10 +216,7 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         # A pattern that came with the arguments describes weights still to be loaded.
         self._describes_file = self.nnz_pattern is not None
         self._entries: Entries | None = None  # of the file, until they are injected
-        self._check_format()
-        self._check_choices()
-        self._check_targets()
-        self._check_size()
+        check(self, sized_otherwise=self._describes_file)
         self.schedule = check_schedule(self.schedule)
 
     @property
@@ -237,80 +225,6 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         cannot_select = self.needs_data and self.calibration is None
         to_load = self._describes_file or cannot_select
         return self.nnz_pattern is not None and self.selection is None and to_load
-
-    def _check_format(self) -> None:
-        if self.format_version is not None and self.format_version > FORMAT:
-            raise ValueError(
-                f"The adapter has `format_version` {self.format_version}; this version "
-                f"of peft_ird reads up to {FORMAT}. Upgrade peft_ird."
-            )
-
-    def _check_choices(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got "
-                    f"{getattr(self, name)!r}."
-                )
-
-    def _check_targets(self) -> None:
-        for name in ("layers_to_transform", "layers_pattern"):
-            is_given = getattr(self, name) is not None
-            if isinstance(self.target_modules, str) and is_given:
-                raise ValueError(
-                    f"`{name}` cannot be used when `target_modules` is a str; write "
-                    "the layers into the expression, or pass a list of names."
-                )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also "
-                "be specified."
-            )
-
-    def _check_size(self) -> None:
-        given = [self.density is not None, self.budget is not None]
-        sized_otherwise = (
-            self.selection is not None or self._describes_file or self.method == "bias"
-        )
-        if all(given) or not (any(given) or sized_otherwise):
-            raise ValueError(
-                "Pass either `density` (share of the candidates) or `budget` (number "
-                f"of entries), got density={self.density} and budget={self.budget}."
-            )
-        for name in ("density", "initial_density"):
-            share = getattr(self, name)
-            if share is None:
-                continue
-            if not isinstance(share, float | int) or not 0 < share <= 1:
-                raise ValueError(f"`{name}` must lie in (0, 1], got {share!r}.")
-        for name in ("budget", "num_samples", "num_ranked_samples", "memory_limit"):
-            self._check_whole(name, at_least=1)
-        self._check_whole("head_warmup_steps", at_least=0)
-        if not self.head_warmup_learning_rate > 0:
-            raise ValueError(
-                "`head_warmup_learning_rate` must be above 0, got "
-                f"{self.head_warmup_learning_rate!r}."
-            )
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"`temperature` must be 0 or more, and finite, got "
-                f"{self.temperature!r}."
-            )
-        if not 0 <= self.trim_samples < 1:
-            raise ValueError(
-                f"`trim_samples` must lie in [0, 1), got {self.trim_samples!r}."
-            )
-
-    def _check_whole(self, name: str, at_least: int) -> None:
-        number = getattr(self, name)
-        if number is None:
-            return
-        is_whole = isinstance(number, int) and not isinstance(number, bool)
-        if not is_whole or number < at_least:
-            raise ValueError(
-                f"`{name}` must be a whole number of at least {at_least}, got "
-                f"{number!r}."
-            )
 
     @property
     def needs_data(self) -> bool:

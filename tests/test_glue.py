@@ -156,7 +156,7 @@ def test_every_method_trains_within_the_budget(load, tmp_path):
     run_glue = load("run_glue")
     data = write_glue(tmp_path / "glue", "sst2", SENTENCES)
     model = tiny_checkpoint(tmp_path / "model", "bert")
-    sized_by_itself = {"bias", "full", "head-only", "shira"}
+    sized_by_itself = {"bias", "full", "head-only", "lora-everywhere", "shira"}
     for method in load("methods").METHODS:
         options = run_glue.parse_arguments(
             f"--task sst2 --method {method} --data-dir {data} --model {model} "
@@ -174,7 +174,8 @@ def test_every_method_trains_within_the_budget(load, tmp_path):
         assert set(result["scores"]) == {"held_out", "validation"}
         assert 0 <= result["scores"]["validation"]["score"] <= 1
         assert (result["selection"] is None) == (
-            method in {"lora", "shira", "supertuning", "full", "head-only"}
+            method
+            in {"lora", "lora-everywhere", "shira", "supertuning", "full", "head-only"}
         )
 
 
@@ -343,9 +344,11 @@ def test_a_seed_climbs_to_the_best_rate_and_the_others_take_it(runner, tmp_path)
     def add(rate, held_out, row="A", seed=3):
         results.append(outcome(runner, row, rate, seed, held_out))
 
-    assert planned() == [(1e-2, 3)]
+    assert planned() == [(3e-3, 3), (1e-2, 3), (3e-2, 3)]
     add(1e-2, 0.6)
-    assert planned() == [(3e-3, 3), (3e-2, 3)]
+    add(3e-3, 0.7)
+    assert planned() == [(3e-2, 3)]  # both neighbours of the start, whatever is best
+    results.pop()
     add(3e-3, 0.5)
     add(3e-2, 0.7)
     assert planned() == [(1e-1, 3)]  # the best so far is at the edge
@@ -353,7 +356,7 @@ def test_a_seed_climbs_to_the_best_rate_and_the_others_take_it(runner, tmp_path)
     assert planned() == [(3e-2, 4)]  # of equals the smaller one
     add(3e-2, 0.1, seed=4)
     assert planned() == []
-    assert planned("B") == [(1e-1, 3)]
+    assert planned("B") == [(3e-2, 3), (1e-1, 3)]
     add(1e-1, 0.9, row="B")
     add(3e-2, 0.8, row="B")
     assert planned("B") == [(1e-1, 4)]  # the ladder ends here

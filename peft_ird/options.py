@@ -1,0 +1,117 @@
+"""What the options of a configuration may be."""
+
+import math
+from typing import Any
+
+from peft_ird.selection.criteria import METHODS
+from peft_ird.selection.entries import SCOPES
+from peft_ird.sparse.storage import FORMAT
+
+__all__ = ["check"]
+
+_CHOICES = {
+    "method": METHODS,
+    "sample_score": ("selected", "all"),
+    "fisher": ("empirical", "sampled"),
+    "sample_scaling": ("none", "length", "loss"),
+    "scope": SCOPES,
+    "save_dtype": (None, "float32", "bfloat16"),
+}
+
+
+def check(config: Any, sized_otherwise: bool) -> None:
+    """Check the options by themselves and with each other.
+
+    Args:
+        config: An `IRDConfig`.
+        sized_otherwise: Whether the entries come from a file, so that neither
+            ``density`` nor ``budget`` is needed.
+
+    Raises:
+        ValueError: If an option is unknown, out of range, or does not go with others.
+    """
+    _check_format(config)
+    _check_choices(config)
+    _check_targets(config)
+    _check_size(config, sized_otherwise)
+    _check_numbers(config)
+
+
+def _check_format(config: Any) -> None:
+    if config.format_version is not None and config.format_version > FORMAT:
+        raise ValueError(
+            f"The adapter has `format_version` {config.format_version}; this version "
+            f"of peft_ird reads up to {FORMAT}. Upgrade peft_ird."
+        )
+
+
+def _check_choices(config: Any) -> None:
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(map(repr, allowed))}, got "
+                f"{getattr(config, name)!r}."
+            )
+
+
+def _check_targets(config: Any) -> None:
+    for name in ("layers_to_transform", "layers_pattern"):
+        is_given = getattr(config, name) is not None
+        if isinstance(config.target_modules, str) and is_given:
+            raise ValueError(
+                f"`{name}` cannot be used when `target_modules` is a str; write "
+                "the layers into the expression, or pass a list of names."
+            )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError(
+            "When `layers_pattern` is specified, `layers_to_transform` must also "
+            "be specified."
+        )
+
+
+def _check_size(config: Any, sized_otherwise: bool) -> None:
+    given = [config.density is not None, config.budget is not None]
+    sized_otherwise = (
+        sized_otherwise or config.selection is not None or config.method == "bias"
+    )
+    if all(given) or not (any(given) or sized_otherwise):
+        raise ValueError(
+            "Pass either `density` (share of the candidates) or `budget` (number "
+            f"of entries), got density={config.density} and budget={config.budget}."
+        )
+
+
+def _check_numbers(config: Any) -> None:
+    for name in ("density", "initial_density"):
+        share = getattr(config, name)
+        if share is None:
+            continue
+        if not isinstance(share, float | int) or not 0 < share <= 1:
+            raise ValueError(f"`{name}` must lie in (0, 1], got {share!r}.")
+    for name in ("budget", "num_samples", "num_ranked_samples", "memory_limit"):
+        _check_whole(config, name, at_least=1)
+    _check_whole(config, "head_warmup_steps", at_least=0)
+    if not config.head_warmup_learning_rate > 0:
+        raise ValueError(
+            "`head_warmup_learning_rate` must be above 0, got "
+            f"{config.head_warmup_learning_rate!r}."
+        )
+    if not 0 <= config.temperature < math.inf:
+        raise ValueError(
+            f"`temperature` must be 0 or more, and finite, got {config.temperature!r}."
+        )
+    if not 0 <= config.trim_samples < 1:
+        raise ValueError(
+            f"`trim_samples` must lie in [0, 1), got {config.trim_samples!r}."
+        )
+
+
+def _check_whole(config: Any, name: str, at_least: int) -> None:
+    number = getattr(config, name)
+    if number is None:
+        return
+    is_whole = isinstance(number, int) and not isinstance(number, bool)
+    if not is_whole or number < at_least:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {at_least}, got {number!r}."
+        )
