@@ -116,7 +116,7 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         0.0,
         "0 chooses the entries with the largest scores. Above 0 they are drawn by "
         "`seed`, one by one, with probabilities proportional to score ** (1 / "
-        "temperature): more spread out the higher it is.",
+        "temperature), or its inverse for 'reverse_ird': more spread out the higher.",
     )
     head_warmup_steps: int = option(
         0,

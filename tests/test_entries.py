@@ -146,6 +146,26 @@ def test_entries_are_drawn_by_the_power_of_their_scores(temperature):
     assert counts[3] == 0  # of no weight
 
 
+def test_the_smallest_are_drawn_by_the_inverse_power():
+    pool, scores = pool_of([[[1.0, 2.0, 4.0]]])
+    everything = Entries.best(pool, enumerate(scores), 3)
+    counts = [0] * 3
+    for seed in range(4000):
+        lots = Lots(pool.sizes, 1.0, seed)
+        inside = enumerate(scores)
+        (place,) = flat(everything.best_of(inside, 1, "global", False, lots))
+        counts[place] += 1
+    assert [c / 4000 for c in counts] == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 1e20])
+def test_a_low_temperature_takes_the_largest_at_any_scale(scale):
+    pool, scores = pool_of([[(scale * torch.rand(50).add(0.01)).tolist()], [[0.0]]])
+    lots = Lots(pool.sizes, 1e-4, 0)
+    drawn = Entries.best(pool, enumerate(scores), 10, lots=lots)
+    assert flat(drawn) == flat(Entries.best(pool, enumerate(scores), 10))
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_smaller_draw_by_the_same_scores_is_part_of_the_larger_one(scope):
     tree = [

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -374,7 +375,7 @@ def ladder(counts, scores):
     return [
         CellRecord(Cell(8 - i, 0.1), 1, tuple(map(Outcome, each)))
         for i, each in enumerate(scores)
-    ], SuccessiveHalving(2, 3.0).rungs(counts, 100)
+    ], SuccessiveHalving(2, 2.5).rungs(counts, 100)
 
 
 def test_the_best_cells_go_on():
@@ -383,6 +384,16 @@ def test_the_best_cells_go_on():
     assert survivors(found, rungs[:1]) == [0, 1, 2, 3]
     assert survivors(found, rungs[:2]) == [1, 2]
     assert survivors(found, rungs[:3]) == [2]
+
+
+def test_cells_go_on_by_what_they_promise_and_win_by_their_score():
+    found, rungs = ladder(4, [[0.1], [0.1], [0.1], [0.1]])
+    promises = (-0.7, -0.5, -0.6, -0.9)
+    found = [
+        replace(r, outcomes=(replace(r.outcomes[0], promise=p),))
+        for r, p in zip(found, promises, strict=True)
+    ]
+    assert survivors(found, rungs[:2]) == [1, 2]
 
 
 def test_a_cell_that_failed_goes_no_further():

@@ -312,11 +312,12 @@ def test_rungs_stay_within_the_cost(cells, eta, cost, total):
     rungs = SuccessiveHalving(eta, cost).rungs(cells, total)
     done = spent = 0
     for rung in rungs:
-        assert rung.steps >= done
+        assert rung.steps > done
         spent += rung.cells * (rung.steps - done)
         done = rung.steps
     assert rungs[0].cells == cells
-    assert (rungs[-1].cells, done) == (1, total)
+    assert done == total
+    assert rungs[-1].cells == (3 if cost == 20.0 else 1)  # three can afford the end
     assert spent <= cost * total
     counts = [rung.cells for rung in rungs]
     assert all(-(-n // eta) == m for n, m in pairwise(counts))
@@ -336,6 +337,19 @@ def test_bad_halving_is_refused(options):
 def test_a_training_too_short_to_be_halved_is_refused():
     with pytest.raises(ValueError, match="first rung would have no step"):
         SuccessiveHalving().rungs(7, 5)
+
+
+def test_what_entries_are_selected_on_is_never_held_out(tmp_path):
+    data = [{"x": i} for i in range(400)]
+    evaluate = TrainerEvaluate(
+        TrainingArguments(output_dir=str(tmp_path), use_cpu=True), data, held_out=40
+    )
+    trained, held_out = evaluate.positions()
+    assert not set(trained) & set(held_out)
+    assert [row["x"] for row in evaluate.training_rows] == trained
+    # a calibration set of all samples is drawn by the same seed, but otherwise
+    drawn = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:40]
+    assert len(set(drawn.tolist()) & set(held_out)) < 12
 
 
 class Toy:

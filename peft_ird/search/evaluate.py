@@ -1,5 +1,6 @@
 """The score of a cell: by fine-tuning with the stock Trainer."""
 
+import hashlib
 import math
 import tempfile
 import time
@@ -35,6 +36,7 @@ class TrainerEvaluate:
 
     Cells are chosen by their score on a part of the training set that is held out:
     drawn by a seed, never trained on. ``eval_dataset`` is reported and chooses nothing.
+    Entries should be selected on `training_rows`, which leaves the held-out part out.
 
     If ``training_args`` evaluate during training (``eval_strategy``), they do so on the
     held-out part, the weights that did best there are those that are scored and saved,
@@ -117,6 +119,11 @@ class TrainerEvaluate:
             "training_args": {k: v for k, v in arguments.items() if k not in _INERT},
         }
 
+    @property
+    def training_rows(self) -> Any:
+        """The part of the training set that is trained on: the data to select on."""
+        return _rows(self.train_dataset, self.positions()[0])
+
     def positions(self) -> tuple[list[int], list[int]]:
         """Return which samples are trained on, and which are held out.
 
@@ -134,7 +141,9 @@ class TrainerEvaluate:
                 "`held_out` must be a share in (0, 1) or a number of samples below "
                 f"{available}, those of `train_dataset`; got {self.held_out}."
             )
-        generator = torch.Generator().manual_seed(self.seed)
+        # Not the plain seed: calibration samples may be drawn by that one.
+        digest = hashlib.sha256(f"held out {self.seed}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         order = torch.randperm(available, generator=generator).tolist()
         return sorted(order[count:]), sorted(order[:count])
 
@@ -191,15 +200,17 @@ class TrainerEvaluate:
             reported = named_metric(on_eval.metrics, self.metric)
         seconds = time.perf_counter() - start
         score = value if self.greater_is_better else -value
-        return Outcome(score, reported, seconds, steps, metrics, stopped)
+        # A metric that counts is still at chance when the loss tells cells apart.
+        promise = -metrics["eval_loss"] if "eval_loss" in metrics else None
+        return Outcome(score, reported, seconds, steps, metrics, stopped, promise)
 
     def _trainer(self, model: nn.Module, folder: Path, best: BestWeights) -> Trainer:
-        train, held_out = self.positions()
+        held_out = self.positions()[1]
         chosen_on = _rows(self.train_dataset, held_out) if held_out else None
         trainer = Trainer(
             model=model,
             args=self._arguments(folder),
-            train_dataset=_rows(self.train_dataset, train),
+            train_dataset=self.training_rows,
             eval_dataset=self.eval_dataset if chosen_on is None else chosen_on,
             compute_metrics=self.compute_metrics,
             data_collator=self.data_collator,

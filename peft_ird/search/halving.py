@@ -82,7 +82,9 @@ class SuccessiveHalving:
                 "or train without `halving`."
             )
         pairs = zip(counts, [*steps, total_steps], strict=True)
-        return tuple(Rung(count, at) for count, at in pairs)
+        rungs = [Rung(count, at) for count, at in pairs if at < total_steps]
+        last = counts[len(rungs)]  # more than one, if all of them reach the end
+        return (*rungs, Rung(last, total_steps))
 
 
 def survivors(records: Sequence[CellRecord], rungs: Sequence[Rung]) -> list[int]:
@@ -95,6 +97,6 @@ def survivors(records: Sequence[CellRecord], rungs: Sequence[Rung]) -> list[int]
     alive = list(range(len(records)))
     for number, rung in enumerate(rungs[1:]):
         scored = [i for i in alive if records[i].rung > number]
-        ranked = sorted(scored, key=lambda i: records[i].merit(number), reverse=True)
+        ranked = sorted(scored, key=lambda i: records[i].promise(number), reverse=True)
         alive = sorted(ranked[: rung.cells])
     return alive

@@ -24,6 +24,8 @@ class Outcome:
         steps: Training steps that the cell has had by now.
         metrics: Further numbers, kept as they are.
         stopped: Whether training ended by itself, so that going on changes nothing.
+        promise: What cells go on by where this is not the end of training, if not by
+            ``score``; higher is better.
     """
 
     score: float
@@ -32,6 +34,7 @@ class Outcome:
     steps: int = 0
     metrics: Mapping[str, Any] = field(default_factory=dict)
     stopped: bool = False
+    promise: float | None = None
 
 
 class Evaluate(Protocol):
@@ -132,6 +135,16 @@ class CellRecord:
     def seconds(self) -> float:
         """Duration of all its trainings."""
         return sum(outcome.seconds or 0.0 for outcome in self.outcomes)
+
+    def promise(self, rung: int) -> tuple[float, float, int]:
+        """Return what cells go on by, ordered as `merit` is.
+
+        Args:
+            rung: The rung that counts; it must have been reached.
+        """
+        outcome = self.outcomes[rung]
+        value = outcome.score if outcome.promise is None else outcome.promise
+        return value, *self.merit(rung)[1:]
 
     def merit(self, rung: int = -1) -> tuple[float, float, int]:
         """Return what cells are ordered by: score, fewer entries, fewer samples.

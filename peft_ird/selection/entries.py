@@ -101,7 +101,7 @@ class Entries:
         if scope == "balanced":
             stream = _balanced(self.pool, stream)
         if lots is not None:
-            stream = lots.keys(stream, self.positions)
+            stream = lots.keys(stream, self.positions, largest)
         groups = _groups(self.pool, scope)
         ranking = Ranking(k, self.counts, groups, largest=largest)
         picked = self._from(self.pool, ranking, stream)

@@ -8,17 +8,19 @@ from torch import Tensor
 
 __all__ = ["Lots"]
 
+_NEVER = -1e300  # the key of what has no weight; rankings want finite numbers
 Stream = Iterable[tuple[int, Tensor]]
 
 
 class Lots:
-    r"""Turns scores s into keys whose largest are a draw without replacement.
+    r"""Turns scores s into keys whose extreme ones are a draw without replacement.
 
     Entries are drawn one after the other with probabilities proportional to
     :math:`s^{1/t}`: as in a race of exponential times, that is the order of
     :math:`s^{1/t} / e` with :math:`e \sim \mathrm{Exp}(1)` (Efraimidis and Spirakis,
-    2006). An entry has the same e in every ranking, so that a ranking by the same
-    scores gives the same entries.
+    2006). Where the smallest are wanted, it is :math:`s^{-1/t}` and the order of
+    :math:`s^{1/t} e`. Keys are the logarithms. An entry has the same e in every
+    ranking, so that a ranking by the same scores gives the same entries.
 
     Args:
         sizes: Number of entries of each parameter.
@@ -32,20 +34,26 @@ class Lots:
         self.seed = seed
 
     def keys(
-        self, stream: Stream, positions: Sequence[Tensor] | None = None
+        self,
+        stream: Stream,
+        positions: Sequence[Tensor] | None = None,
+        largest: bool = True,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield keys in the place of scores.
 
         Args:
             stream: Parameter numbers and scores of their entries, not negative.
             positions: The entries that the scores are of, int64; None for all.
+            largest: Whether the largest or the smallest keys are the draw.
         """
         for part, scores in stream:
             times = self._times(part)
             if positions is not None:
                 times = times[positions[part].cpu()]
-            weights = scores.double() ** (1 / self.temperature)
-            yield part, weights / times.to(scores.device)
+            noise = times.log().to(scores.device)
+            weights = scores.double().log() / self.temperature
+            keys = weights - noise if largest else weights + noise
+            yield part, keys.clamp_min(_NEVER)
 
     def _times(self, part: int) -> Tensor:
         """Return an exponential time for every entry of a parameter, never zero."""

@@ -29,7 +29,8 @@ class Selection:
         indices: Sorted flat row-major positions, ``{module: {parameter: [k]}}``, int32
             (int64 past 2^31), on the CPU; parameters without entries are left out.
         shapes: Shape of each of these parameters.
-        scores: What each entry was ranked by, in the layout of ``indices``.
+        scores: What each entry was ranked by, in the layout of ``indices``; with a
+            temperature the keys of the draw.
         samples: Positions kept in the calibration data, ascending; empty without data.
         sample_scores: Last score of each kept sample. Shape ``[len(samples)]``,
             float64; empty where samples were not ranked.
