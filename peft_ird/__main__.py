@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.set_defaults(run=_plot)
 
     merge = commands.add_parser("merge", help="write the model that an adapter makes")
-    merge.add_argument("adapter", metavar="ADAPTER", help="folder or hub repository")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder")
     merge.add_argument("output", type=Path, metavar="OUTPUT",
                        help="folder for the model and its tokenizer")  # fmt: skip
     merge.set_defaults(run=_merge)

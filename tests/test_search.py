@@ -418,3 +418,9 @@ def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Ranks, "__init__", lambda self: setattr(self, "size", 2))
     with pytest.raises(ValueError, match="without torchrun"):
         run(tmp_path, Evaluate())
+
+
+def test_a_device_that_does_not_exist_is_refused(tmp_path):
+    there = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=rf"`devices` names 'cuda:{there}', but this"):
+        run(tmp_path, max, devices=[f"cuda:{there}"])

@@ -35,7 +35,8 @@ class Workers:
             GPU. By default models stay where they are made.
 
     Raises:
-        ValueError: If there are fewer devices than workers, or no worker.
+        ValueError: If there are fewer devices than workers, no worker, or a device that
+            does not exist.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Workers:
                 f"`workers` must be at least 1, and have a device each; got {number} "
                 f"workers and devices={devices}."
             )
+        for device in devices or ():
+            _check_device(device)
         self._slots = [None] * number if devices is None else list(devices)[:number]
         self._has_processes = number > 1 or devices is not None
 
@@ -127,6 +130,17 @@ def _settle_in(device: str | None, threads: int) -> None:
         visible = os.environ.get(_VISIBLE)
         names = visible.split(",") if visible else None
         os.environ[_VISIBLE] = names[int(index or 0)] if names else index or "0"
+
+
+def _check_device(device: str) -> None:
+    """Refuse a GPU that this process does not see."""
+    found = torch.device(device)
+    there = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= there:
+        raise ValueError(
+            f"`devices` names {device!r}, but this process sees {there} GPUs. Look at "
+            f"torch.cuda.device_count() and {_VISIBLE}."
+        )
 
 
 def _seen_as(device: str | None) -> str | None:
