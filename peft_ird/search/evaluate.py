@@ -171,7 +171,8 @@ class TrainerEvaluate:
             save_to: Folder for the Trainer's checkpoint; None for none.
 
         Returns:
-            The outcome; its metrics are those of the held-out part.
+            The outcome; its metrics are those of the held-out part, and what is
+            reported is scored at the end only.
         """
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=self._home(), prefix="cell-") as spare:
@@ -185,9 +186,12 @@ class TrainerEvaluate:
                 trainer.add_callback(PauseAt(until))
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             best.restore(model)
-            return self._scored(trainer, best.stopped, start)
+            is_last = best.stopped or until >= self.total_steps
+            return self._scored(trainer, best.stopped, is_last, start)
 
-    def _scored(self, trainer: Trainer, stopped: bool, start: float) -> Outcome:
+    def _scored(
+        self, trainer: Trainer, stopped: bool, is_last: bool, start: float
+    ) -> Outcome:
         trainer.args.dataloader_drop_last = False  # it would leave samples out
         steps = trainer.state.global_step
         metrics = trainer.predict(
@@ -195,7 +199,7 @@ class TrainerEvaluate:
         ).metrics
         value = named_metric(metrics, self.metric)
         reported: float | None = None if self.held_out else value
-        if self.held_out and self.eval_dataset is not None:
+        if is_last and self.held_out and self.eval_dataset is not None:
             on_eval = trainer.predict(self.eval_dataset, metric_key_prefix="eval")
             reported = named_metric(on_eval.metrics, self.metric)
         seconds = time.perf_counter() - start
