@@ -27,6 +27,8 @@ def draw(results: Sequence[Result]) -> Figure:
     Raises:
         ValueError: If there are no results.
     """
+    if not results:
+        raise ValueError("There are no results; run benchmarks/glue_runs.py.")
     experiment = Experiment.load(results[0]["job"]["experiment"])
     found = chosen(experiment, DENSITY, [r for r in results if r["selection"]])
     rows = [*found]
@@ -83,7 +85,7 @@ def _draw_shares(
         text = f"{100 * share:.0f}" if share >= 0.005 else "·"
         colour = "white" if share > 0.45 else "0.2"
         axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
-    short = [n.removeprefix("attention.").replace(".dense", "") for n in names]
+    short = [n.removeprefix("attention.self.").removesuffix(".dense") for n in names]
     axes.set_xticks(range(len(names)), short, rotation=35, ha="right", fontsize=8)
     axes.set_yticks(range(len(shares)), [row.replace("`", "") for row in shares])
     axes.set_title(f"share of the budget by {title}, %", loc="left", fontsize=9)

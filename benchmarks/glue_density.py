@@ -28,6 +28,8 @@ def draw(results: Sequence[Result]) -> Figure:
     Raises:
         ValueError: If there is nothing to draw.
     """
+    if not results:
+        raise ValueError("There are no results; run benchmarks/glue_runs.py.")
     experiment = Experiment.load(results[0]["job"]["experiment"])
     densities = sorted({result["job"]["density"] for result in results})
     found = {density: chosen(experiment, density, results) for density in densities}

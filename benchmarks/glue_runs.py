@@ -195,12 +195,38 @@ def _around(rate: float) -> tuple[float, ...]:
     return LADDER[max(0, place - 1) : place + 2]
 
 
-def load_results(experiment: str) -> list[Result]:
-    """Read what there is of an experiment."""
-    return [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((FOLDER / experiment).glob("*.json"))
-    ]
+def load_results(name: str) -> list[Result]:
+    """Read what there is of an experiment, as its list is now.
+
+    Args:
+        name: The list's name.
+
+    Raises:
+        ValueError: If a row's result was run by another method or for other epochs.
+    """
+    experiment = Experiment.load(name)
+    found = []
+    for path in sorted((FOLDER / name).glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        row = experiment.rows.get(result["job"]["row"])
+        if row is not None:
+            _check_asked(path, result, {**experiment.settings, **row})
+            found.append(result)
+    return found
+
+
+def _check_asked(path: Path, result: Result, asked: Mapping[str, Any]) -> None:
+    wanted = {
+        "method": asked["method"],
+        "options": asked.get("options", {}),
+        "epochs": asked["epochs"],
+    }
+    for name, value in wanted.items():
+        if result.get(name, value) != value:
+            raise ValueError(
+                f"{path.name} was run with {name} {result[name]!r}, but the list asks "
+                f"for {value!r}. Delete the file, or give the row another name."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,8 @@
 
 A row's score on a task is that of its rate (`glue_runs`), on the validation set.
 Differences are paired over tasks and seeds: both methods saw the same training samples,
-order and head.
+order and head. What is said of them holds for these tasks and validation sets: seeds of
+a task have those in common.
 """
 
 import itertools
@@ -80,7 +81,7 @@ def score_table(experiment: Experiment, density: float, label: str) -> str:
     head = ["", "entries", *(TITLES[task] for task in tasks), "mean", "rate"]
     lines = [_line(head), f"|---|{'---:|' * (len(head) - 1)}"]
     for row, runs in found.items():
-        cells = [_cell(runs, task) for task in tasks]
+        cells = [_cell(runs, task, len(experiment.seeds)) for task in tasks]
         means = _task_means(runs)
         mean = (
             f"{statistics.mean(means.values()):.1f}" if len(means) == len(tasks) else ""
@@ -95,12 +96,13 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(runs: Mapping[Key, Result], task: str) -> str:
+def _cell(runs: Mapping[Key, Result], task: str, seeds: int) -> str:
     values = [reported(result) for (name, _), result in runs.items() if name == task]
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    fewer = f" ({len(values)})" if len(values) < seeds else ""
+    return f"{statistics.mean(values):.1f}{spread}{fewer}"
 
 
 def _task_means(runs: Mapping[Key, Result]) -> dict[str, float]:
@@ -116,38 +118,43 @@ def _note(
     density: float,
     label: str,
 ) -> str:
-    first = next(iter(next(iter(found.values())).values()))
-    seeds = [len({s for _, s in runs}) for runs in found.values()]
-    several = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else seeds[0]
-    train = experiment.settings["train"]
-    tuning = " and ".join(TITLES[task] for task in experiment.tuning)
+    results = [result for runs in found.values() for result in runs.values()]
+    first = results[0]
+    train = {result["task"]: f"{result['train']:,}" for result in results}
     sizes = ", ".join(
-        f"{size:,}" if task == "others" else f"{TITLES[task]} {size:,}"
-        for task, size in train.items()
+        f"{TITLES[task]} {train[task]}" for task in TITLES if task in train
     )
+    tuning = " and ".join(TITLES[task] for task in experiment.tuning)
     return (
         f"{label}, budget {density:.2%} of its {first['budget'] / density / 1e6:.1f} M "
-        f"weights, training samples: {sizes} drawn by the seed, "
-        f"{experiment.settings['epochs']} epochs of batches of 32, GLUE's validation "
-        f"sets; mean ± standard deviation over {several} seeds. CoLA: Matthews; STS-B: "
-        "mean of Pearson and Spearman; MRPC: mean of F1 and accuracy; others: accuracy."
-        " Rates climb a ladder of two per decade, judged on 500 training samples of "
-        f"{tuning} that the first seed holds out. The head is trained as well. "
-        f"torch {first['versions']['torch']}, peft {first['versions']['peft']}."
+        f"weights, training samples drawn by the seed: {sizes}; "
+        f"{experiment.settings['epochs']} epochs of batches of 32; GLUE's validation "
+        f"sets. Mean ± standard deviation over {len(experiment.seeds)} seeds, or as "
+        "many as stand in brackets. CoLA: Matthews; STS-B: mean of Pearson and "
+        "Spearman; MRPC: mean of F1 and accuracy; others: accuracy. Rates climb a "
+        f"ladder of two per decade, judged on 500 training samples of {tuning} "
+        "that the first seed holds out. The head is trained as well. Products in "
+        f"float32 of {first['precision']} precision, torch "
+        f"{first['versions']['torch']}, peft {first['versions']['peft']}."
     )
 
 
 def compared(ours: Scores, theirs: Scores) -> dict[str, float]:
     """Return the mean of paired differences in points, with an interval and p.
 
-    Each task has the same weight. The interval is Student's over the pairs; p is that
-    of the exact two-sided sign-flip test, up to 18 pairs, and of 99,999 draws beyond.
+    Tasks have the same number of seeds, those that all of them have had, so that each
+    has the same weight. The interval is Student's over the pairs; p is that of the
+    exact two-sided sign-flip test, up to 18 pairs, and of 99,999 draws beyond. Both
+    take the pairs for independent.
 
     Args:
         ours: Scores by task and seed.
         theirs: Those of the other method; pairs are what both have.
     """
-    keys = sorted(ours.keys() & theirs.keys())
+    common = ours.keys() & theirs.keys()
+    tasks = {task for task, _ in common}
+    seeds = {s for _, s in common if all((task, s) in common for task in tasks)}
+    keys = sorted((task, seed) for task, seed in common if seed in seeds)
     pairs = np.array([ours[key] - theirs[key] for key in keys])
     gaps = defaultdict(list)
     for (task, _), gap in zip(keys, pairs, strict=True):
@@ -155,7 +162,7 @@ def compared(ours: Scores, theirs: Scores) -> dict[str, float]:
     by_task = {task: float(np.mean(each)) for task, each in gaps.items()}
     found = {
         "pairs": float(len(pairs)),
-        "mean": float(np.mean([*by_task.values()])) if by_task else float("nan"),
+        "mean": float(np.mean(pairs)) if keys else float("nan"),
         "tasks": float(len(by_task)),
         "not_worse": float(sum(gap >= 0 for gap in by_task.values())),
     }

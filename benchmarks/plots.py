@@ -5,14 +5,14 @@ python benchmarks/plots.py --check    # fail if one is stale
 
 Each PNG carries a digest of the results and of the code that it was drawn from. It is
 stale if they have changed since; which matplotlib drew it does not matter. To add a
-figure, write a module with ``draw(*results) -> Figure`` and a line in `PICTURES`.
+figure, write a function of the results that returns it and a line in `PICTURES`.
 """
 
 import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,15 +20,18 @@ from typing import Any
 
 import alignment_plot
 import glue_budget
-import glue_density
 import glue_runs
 import glue_table
 import quickstart_plot
+import search_study
 import step_plot
 import style
 import titles
+from matplotlib.figure import Figure
 from PIL import Image
 from record import RESULTS
+
+from peft_ird.search import plot_search
 
 KEY = "Drawn from"
 
@@ -41,13 +44,14 @@ class Picture:
         name: Name of the PNG, without the ending.
         results: Names of the JSON files that it shows, without the ending; of a
             folder with "/*", for the list of all that is in it.
-        code: What draws it: ``draw`` of the first module takes the content of each of
-            ``results`` and returns a matplotlib figure.
+        drawn: Takes the content of each of ``results`` and returns the figure.
+        code: The modules that it needs beside its own.
     """
 
     name: str
     results: tuple[str, ...]
-    code: tuple[ModuleType, ...]
+    drawn: Callable[..., Figure]
+    code: tuple[ModuleType, ...] = ()
 
     def content(self, folder: Path) -> list[Any]:
         """Read what is drawn."""
@@ -61,7 +65,7 @@ class Picture:
     def digest(self, folder: Path) -> str:
         """Return a hash of what is drawn and of the code that draws it."""
         digest = hashlib.sha256(json.dumps(self.content(folder)).encode())
-        for module in self.code:
+        for module in (sys.modules[self.drawn.__module__], *self.code):
             digest.update(Path(str(module.__file__)).read_bytes())
         return digest.hexdigest()
 
@@ -75,7 +79,7 @@ class Picture:
 
     def draw(self, folder: Path) -> None:
         """Write the PNG."""
-        figure = self.code[0].draw(*self.content(folder))
+        figure = self.drawn(*self.content(folder))
         marked = {KEY: self.digest(folder)}
         figure.savefig(folder / f"{self.name}.png", dpi=150, metadata=marked)
 
@@ -86,12 +90,18 @@ def read(path: Path) -> Any:
 
 
 GLUE = (glue_table, glue_runs)
+SEARCH = ("search-sst2",)
 PICTURES = (
-    Picture("glue-budget", ("glue/minilm/*",), (glue_budget, *GLUE)),
-    Picture("glue-density", ("glue/minilm/*",), (glue_density, *GLUE)),
-    Picture("quickstart", ("quickstart-0", "quickstart-random-0"), (quickstart_plot,)),
-    Picture("sample-alignment", ("sample-alignment",), (alignment_plot, style)),
-    Picture("step", ("step",), (step_plot, style, titles)),
+    Picture("glue-budget", ("glue/minilm/*",), glue_budget.draw, GLUE),
+    Picture(
+        "quickstart", ("quickstart-0", "quickstart-random-0"), quickstart_plot.draw
+    ),
+    Picture("sample-alignment", ("sample-alignment",), alignment_plot.draw, (style,)),
+    Picture("search", ("search-sst2",), search_study.draw_staircases, (plot_search,)),
+    Picture(
+        "search-reverse", ("search-sst2",), search_study.draw_contrast, (plot_search,)
+    ),
+    Picture("step", ("step",), step_plot.draw, (style, titles)),
 )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import file_size
 import glue_table
 import option_study
+import search_study
 import selection_speed
 import selection_stairs
 import step_table
@@ -174,14 +175,20 @@ def glue_scores() -> str:
 def glue_differences() -> str:
     """Return what IRD and its variants gain over the others."""
     experiment = Experiment.load("minilm")
-    ours = [row for row in experiment.rows if row.startswith("IRD")]
+    ours = ["IRD", "IRD, drawn", "IRD, drawn, t = 4"]
     others = ["IRD", "FISH Mask", "random mask", "LoRA, equal budget"]
     return glue_table.difference_table(experiment, 0.001, ours, others)
+
+
+def search_table() -> str:
+    """Return the cells of the paper's staircase."""
+    return search_study.table(read("search-sst2"))
 
 
 TABLES = {
     "glue": glue_scores,
     "glue-differences": glue_differences,
+    "search": search_table,
     "quickstart": quickstart_table,
     "selection": selection_table,
     "step": step_table_or_none,

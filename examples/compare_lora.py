@@ -72,7 +72,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     add("--lora-lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     add("--output-dir", default="comparison-output")
     options, common = parser.parse_known_args(argv)
-    run_glue.parse_arguments(common)  # complains now, not after the first training
+    parsed = run_glue.parse_arguments(common)
+    if parsed.held_out < 1:  # complain now, not after the first training
+        parser.error("--held-out must be at least 1: rates are chosen on these samples")
     options.common = common
     return options, common
 
@@ -91,7 +93,7 @@ def all_seeds(
 
     first, *others = options.seeds
     tried = [run(rate, first) for rate in rates]
-    best = max(tried, key=lambda result: result["scores"]["held_out"]["score"])
+    best = max(tried, key=lambda result: run_glue.finite(scores(result)["held_out"]))
     return [best, *(run(best["rate"], seed) for seed in others)]
 
 

@@ -159,7 +159,10 @@ def fitting_ranks(targets: Mapping[str, nn.Module], budget: int) -> dict[str, in
 
 
 def shira(model: nn.Module, plan: Plan) -> Built:
-    """Train a random mask by SHiRA; its size is that of a LoRA."""
+    """Train a random mask by SHiRA, of `nn.Linear` only.
+
+    Its size is that of a LoRA: the largest one in the budget, at least of rank 1.
+    """
     targets = _default_targets(model)
     per_rank = sum(sum(m.weight.shape) for m in targets.values())
     config = ShiraConfig(
@@ -172,7 +175,7 @@ def shira(model: nn.Module, plan: Plan) -> Built:
 
 
 def supertuning(model: nn.Module, plan: Plan) -> Built:
-    """Train the entries that Super-Tuning chooses."""
+    """Train the entries that Super-Tuning chooses, of `nn.Linear` only."""
     targets = _default_targets(model)
     entries = sum(m.weight.numel() for m in targets.values())
     config = SupertuningConfig(

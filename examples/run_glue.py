@@ -10,6 +10,7 @@ paper's Table 2, data from the hub or from local files:
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -37,6 +38,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from peft_ird import Calibration, Selection
 
@@ -53,10 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = run(options, folder)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         text = json.dumps(results, indent=2)
         (folder / "results.json").write_text(text, encoding="utf-8")
         print(text)
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -77,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--options", type=json.loads, default={}, help="of IRDConfig, as JSON")
     add("--lr", type=float, default=5e-3, help="learning rate, of the head as well")
     add("--epochs", type=float, default=3.0)
-    add("--batch-size", type=int, default=32)
+    add("--batch-size", type=int, default=32, help="of each process")
     add("--max-length", type=int, help="tokens; None for the task's")
     add("--max-train", type=int, help="training samples, drawn by the seed; None: all")
     add("--held-out", type=int, default=500, help="training samples only scored")
@@ -112,7 +119,7 @@ class Setup:
         self.task: GlueTask = GLUE[options.task]
         self.tokenizer = load_tokenizer(options.model)
         config = AutoConfig.from_pretrained(options.model)
-        self.is_decoder = config.model_type not in {"bert", "roberta", "deberta-v2"}
+        self.is_decoder = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         longest = getattr(config, "max_position_embeddings", self.task.max_length)
         self.max_length = min(options.max_length or self.task.max_length, longest)
         self.collate = DataCollatorWithPadding(self.tokenizer)
@@ -132,11 +139,10 @@ class Setup:
         wanted = len(rows) - held_out
         if options.max_train:
             wanted = min(wanted, options.max_train)
-        encoded = self._encoded(rows.select(range(wanted + held_out)))
-        return (
-            encoded.select(range(wanted)),
-            encoded.select(range(wanted, wanted + held_out)),
-        )
+        drawn = rows.select(range(wanted + held_out))
+        encoded = self._encoded(drawn)
+        last = [*range(wanted, wanted + held_out)]
+        return encoded.select(range(wanted)), encoded.select(last)
 
     def _encoded(self, rows: Rows) -> Rows:
         return self.task.encode(rows, self.tokenizer, self.is_decoder, self.max_length)
@@ -199,7 +205,7 @@ class Setup:
         is_regression = self.task.num_labels == 1
         predicted = logits[:, 0] if is_regression else logits.argmax(-1)
         found = self.metric.compute(predictions=predicted, references=outcome.label_ids)
-        return {name: float(value) for name, value in found.items()}
+        return {name: finite(value) for name, value in found.items()}
 
     def scores(self, trainer: Trainer) -> dict[str, dict[str, float]]:
         """Return the metrics on the held-out rows and on every validation split."""
@@ -213,6 +219,11 @@ class Setup:
             for name, part in rows.items()
             if len(part)
         }
+
+
+def finite(score: float) -> float:
+    """Return a score, or the worst of correlations where training diverged."""
+    return float(score) if math.isfinite(score) else -1.0
 
 
 def by_length(rows: Rows) -> Rows:
@@ -237,6 +248,8 @@ def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, An
     setup = Setup(options)
     model = setup.load_model()
     budget = options.budget or max(1, round(options.density * base_size(model)))
+    # The processes of `accelerate launch` are known, and the model is on its device.
+    model.to(setup.arguments().device)
     plan = Plan(
         budget=budget,
         calibration=Calibration(setup.train, setup.collate),
@@ -287,11 +300,15 @@ def trained_sizes(model: nn.Module) -> dict[str, int]:
 
 
 def saved_bytes(model: nn.Module, folder: Path | None) -> int | None:
-    """Return the size of the adapter's weight file; None for a model without one."""
+    """Return the size of the adapter's weight file; None for a model without one.
+
+    The first process writes to the folder, if there is one.
+    """
     if not hasattr(model, "peft_config"):
         return None
     with tempfile.TemporaryDirectory() as temporary:
-        target = Path(temporary) if folder is None else folder / "adapter"
+        is_kept = folder is not None and is_first_process()
+        target = folder / "adapter" if folder and is_kept else Path(temporary)
         model.save_pretrained(str(target))
         return (target / "adapter_model.safetensors").stat().st_size
 

@@ -111,6 +111,8 @@ def test_cells_are_chosen_on_what_is_held_out_and_reported_on_the_rest(
     assert outcome.steps == 12
     assert outcome.seconds > 0
     assert not any(tmp_path.iterdir())  # every cell clears its folder
+    early = evaluate.advance(adapted(), 6, None, tmp_path / "pause")
+    assert (early.reported is None) == bool(held_out)  # reported at the end only
 
 
 @pytest.mark.parametrize(
