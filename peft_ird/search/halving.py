@@ -32,14 +32,15 @@ class SuccessiveHalving:
     rate follows the schedule of the full training throughout.
 
     Args:
-        eta: One cell in how many goes on.
+        eta: One cell in how many goes on. With few cells one long rung tells more than
+            several short ones, in which nothing has been learned yet.
         cost: Bound of all training steps together, in full trainings.
 
     Raises:
         ValueError: If ``eta`` is below 2, or ``cost`` is not above 1.
     """
 
-    eta: int = 3
+    eta: int = 8
     cost: float = 2.0
 
     def __post_init__(self) -> None:
