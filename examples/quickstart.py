@@ -16,7 +16,6 @@ import multiprocessing
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 import transformers
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from report import Run, format_table
-from tasks import Task, load_tokenizer
+from tasks import Task, load_tokenizer, quieten_libraries
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -137,11 +136,7 @@ class Setup:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        # peft reads attributes that transformers has renamed
-        warnings.simplefilter("ignore", FutureWarning)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        quieten_libraries()
         self.options = options
         self.task = load_task(options)
         self.tokenizer = load_tokenizer(options.model)

@@ -14,19 +14,17 @@ import math
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import transformers
 from glue import GLUE, GlueTask
 from methods import METHODS, Built, Plan, base_size, built
 from metrics import SCORES, GlueMetric
 from quickstart import packaged_minilm, peak_memory
-from tasks import load_tokenizer
+from tasks import load_tokenizer, quieten_libraries
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -107,11 +105,7 @@ class Setup:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        # peft reads attributes that transformers has renamed
-        warnings.simplefilter("ignore", FutureWarning)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        quieten_libraries()
         torch.set_float32_matmul_precision(options.precision)
         if options.threads:
             torch.set_num_threads(options.threads)

@@ -1,17 +1,20 @@
 """The quickstart's data: sentences of a small grammar, or files in GLUE's layout."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import transformers
 from datasets import Dataset
 from grammar import HELD_OUT, TRAINING, write_sentences
 from metrics import SCORES, GlueMetric
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-__all__ = ["Task", "load_tokenizer"]
+__all__ = ["Task", "load_tokenizer", "quieten_libraries"]
 
 Array = np.ndarray[Any, Any]
 
@@ -92,6 +95,15 @@ class Task:
             return tokenizer(*columns, truncation=True, max_length=128)
 
         return rows.map(encode, batched=True, remove_columns=texts)
+
+
+def quieten_libraries() -> None:
+    """Silence progress bars and notes of loading; errors are still shown."""
+    # peft reads attributes that transformers has renamed
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
