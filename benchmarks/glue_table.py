@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from glue_runs import Experiment, best_rate, load_results, next_rates
+from paired import sign_flip
 from scipy import stats
 
 Result = dict[str, Any]
@@ -170,18 +171,6 @@ def compared(ours: Scores, theirs: Scores) -> dict[str, float]:
         return found
     low, high = stats.ttest_1samp(pairs, 0.0).confidence_interval(0.95)
     return {**found, "low": float(low), "high": float(high), "p": sign_flip(pairs)}
-
-
-def sign_flip(pairs: np.ndarray[Any, Any]) -> float:
-    """Return how often random signs give a mean as far from zero."""
-    test = stats.permutation_test(
-        (pairs,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=2**18 if len(pairs) <= 18 else 99_999,
-        rng=np.random.default_rng(0),
-    )
-    return float(test.pvalue)
 
 
 def difference_table(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import disable_progress_bars
+from paired import sign_flip
 from peft import get_peft_model
 from record import RESULTS, ROOT, git_state, machine, versions, write
 from torch import Tensor, nn
@@ -280,7 +281,7 @@ def table(results: dict[str, Any]) -> str:
         seconds = statistics.median(run["selection_seconds"] for run in runs)
         lines.append(
             f"| {name} | {len(runs)} | {spread(scores)} | {mean_and_error(pairs)} | "
-            f"{chance(pairs)} | {chosen} | {pooler:.0%} | {seconds:.1f} |"
+            f"{_chance(pairs)} | {chosen} | {pooler:.0%} | {seconds:.1f} |"
         )
     settings = results["settings"]
     tasks = ", ".join(sorted({run["task"] for run in results["runs"]}))
@@ -330,16 +331,8 @@ def mean_and_error(pairs: Sequence[float]) -> str:
     return f"{mean} (s.e. {statistics.stdev(pairs) / len(pairs) ** 0.5:.1f})"
 
 
-def chance(pairs: Sequence[float]) -> str:
-    """Return how often random signs give a mean as far from zero."""
-    if not pairs:
-        return ""
-    reached = abs(sum(pairs)) - 1e-9
-    sums = [
-        abs(sum(sign * pair for sign, pair in zip(signs, pairs, strict=True)))
-        for signs in itertools.product((-1, 1), repeat=len(pairs))
-    ]
-    return f"{sum(each >= reached for each in sums) / len(sums):.3f}"
+def _chance(pairs: Sequence[float]) -> str:
+    return f"{sign_flip(pairs):.3f}" if len(pairs) > 1 else ""
 
 
 def spread(values: Sequence[float]) -> str:
