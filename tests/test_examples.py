@@ -12,11 +12,12 @@ from transformers import (
     BertModel,
     GPT2LMHeadModel,
     GPT2Model,
+    LlamaModel,
     PreTrainedTokenizerFast,
 )
 
 from peft_ird import Selection
-from tests.conftest import bert_config, gpt2_config
+from tests.conftest import bert_config, gpt2_config, llama_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.slow
@@ -36,6 +37,9 @@ def tiny_checkpoint(folder: Path, kind: str) -> Path:
     if kind == "bert":
         model = BertModel(bert_config(max_position_embeddings=128))
         special["pad_token"] = "[PAD]"
+    elif kind == "llama":
+        model = LlamaModel(llama_config())
+        special["eos_token"] = "[SEP]"
     else:
         of_kind = GPT2LMHeadModel if kind == "gpt2-lm" else GPT2Model
         model = of_kind(gpt2_config(n_positions=128))

@@ -197,10 +197,11 @@ def test_a_long_sample_loses_words_of_its_texts_not_the_question(load):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_decoder_is_trained(load, tmp_path):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_decoder_is_trained(load, tmp_path, kind):
     run_glue = load("run_glue")
     data = write_glue(tmp_path / "glue", "cola", SENTENCES)
-    model = tiny_checkpoint(tmp_path / "model", "gpt2")
+    model = tiny_checkpoint(tmp_path / "model", kind)
     for method in ("ird", "lora", "diff_pruning"):
         options = run_glue.parse_arguments(
             f"--task cola --method {method} --data-dir {data} --model {model} "
