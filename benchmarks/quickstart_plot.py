@@ -1,4 +1,4 @@
-"""Draw which part of each matrix the quickstart's selected entries touch."""
+"""Draw which columns of each matrix the quickstart's selected entries touch."""
 
 from typing import Any
 
@@ -9,32 +9,33 @@ from matplotlib.figure import Figure
 from peft_ird.selection.places import layer_order, split_names
 
 Record = dict[str, Any]
-SIDES = {"rows": "rows with a selected entry, %", "columns": "columns with one, %"}
 
 
-def draw(chosen: Record, at_random: Record) -> Figure:
-    """Draw the rows and columns in use, by kind of module and layer.
+def draw(largest: Record, drawn: Record) -> Figure:
+    """Draw the columns in use, by kind of module and layer, of two selections.
 
     Args:
-        chosen: The content of a result file; its first run is the selection.
-        at_random: That of a random mask of the same size, for the title.
+        largest: The content of a result file; its first run is the selection, here of
+            the largest entries.
+        drawn: That of a selection that draws.
     """
-    places = _places(chosen)
-    split = split_names(places)
+    panels = {
+        "the largest entries of each matrix": _places(largest),
+        "drawn, the likelier the larger": _places(drawn),
+    }
+    split = split_names(_places(largest))
     kinds = list(dict.fromkeys(kind for kind, _ in split.values()))
     layers = sorted({layer for _, layer in split.values()}, key=layer_order)
-    cells = {split[name]: place for name, place in places.items()}
     figure = Figure(figsize=(10.4, 3.7), layout="constrained")
-    panels = figure.subplots(1, len(SIDES), sharey=True)
-    for axes, side in zip(panels, SIDES, strict=True):
-        _heat(
-            axes, [[_percent(cells.get((k, n)), side) for n in layers] for k in kinds]
-        )
+    axes_of = figure.subplots(1, len(panels), sharey=True)
+    for axes, (title, places) in zip(axes_of, panels.items(), strict=True):
+        cells = {split[name]: place for name, place in places.items()}
+        _heat(axes, [[_percent(cells.get((k, n))) for n in layers] for k in kinds])
         axes.set_xticks(range(len(layers)), layers)
         axes.set_yticks(range(len(kinds)), kinds)
         axes.set_xlabel("layer")
-        axes.set_title(SIDES[side], loc="left", fontsize=10)
-    figure.suptitle(_title(places, _places(at_random)), x=0.01, ha="left", fontsize=11)
+        axes.set_title(title, loc="left", fontsize=10)
+    figure.suptitle(_title(_places(drawn)), x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -43,8 +44,8 @@ def _places(results: Record) -> dict[str, Record]:
     return found
 
 
-def _percent(place: Record | None, side: str) -> float:
-    return np.nan if place is None else 100 * place[side]
+def _percent(place: Record | None) -> float:
+    return np.nan if place is None else 100 * place["columns"]
 
 
 def _heat(axes: Axes, percents: list[list[float]]) -> None:
@@ -64,12 +65,10 @@ def _heat(axes: Axes, percents: list[list[float]]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _title(places: dict[str, Record], at_random: dict[str, Record]) -> str:
+def _title(places: dict[str, Record]) -> str:
     entries = sum(place["entries"] for place in places.values())
     weights = sum(place["entries"] / place["density"] for place in places.values())
-    shares = [100 * place[side] for place in at_random.values() for side in SIDES]
     return (
-        f"{entries:,} weights chosen by IRD, {100 * entries / weights:.1f} % of these "
-        "matrices, and what they touch; "
-        f"at random they would touch {min(shares):.0f} to {max(shares):.0f} %"
+        f"{entries:,} weights chosen by Fisher information, "
+        f"{100 * entries / weights:.1f} % of these matrices: columns with one, %"
     )

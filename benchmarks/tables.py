@@ -83,27 +83,31 @@ def with_table(text: str, name: str, table: str) -> str:
 
 
 def quickstart_table() -> str:
-    """Return mean and standard deviation over seeds, one column per method."""
-    plain, random = load("quickstart"), load("quickstart-random")
+    """Return mean and standard deviation over seeds, one column per method.
+
+    Seconds and memory are the quickstart's own, whose two runs are side by side.
+    """
+    plain, published, random = (
+        load(f"quickstart{which}") for which in ("", "-published", "-random")
+    )
     columns = {
-        "IRD": select(plain, "IRD"),
-        "random mask": select(random, "RANDOM"),
-        "LoRA": select(plain, "LoRA"),
+        "IRD, drawn": (plain, "IRD", "ird_lr"),
+        "LoRA": (plain, "LoRA", "lora_lr"),
+        "random mask": (random, "RANDOM", "ird_lr"),
+        "IRD, largest": (published, "IRD", "ird_lr"),
     }
-    rates = {
-        "IRD": plain[0]["options"]["ird_lr"],
-        "random mask": random[0]["options"]["ird_lr"],
-        "LoRA": plain[0]["options"]["lora_lr"],
-    }
+    rates = [each[0]["options"][rate] for each, _, rate in columns.values()]
     lines = [
         f"| | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
-        f"| learning rate | {' | '.join(f'{rates[name]:g}' for name in columns)} |",
+        f"| learning rate | {' | '.join(f'{rate:g}' for rate in rates)} |",
     ]
     for title, value, form in ROWS:
         cells = [
-            mean_and_spread([value(run) for run in runs], form)
-            for runs in columns.values()
+            mean_and_spread([value(run) for run in select(results, method)], form)
+            if results is plain or not title.startswith(("seconds", "peak"))
+            else ""
+            for results, method, _ in columns.values()
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     first = plain[0]
