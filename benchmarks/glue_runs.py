@@ -22,8 +22,10 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,25 +246,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--minutes", type=float, default=1e9, help="nothing starts after that")
     add("--precision", default="medium", help="of float32 products")
     options = parser.parse_args(argv)
-    end = time.monotonic() + 60 * options.minutes
+    options.end = time.monotonic() + 60 * options.minutes
+    tries: Counter[Job] = Counter()
+    while True:
+        try:
+            return run_all(options, tries)
+        except BrokenProcessPool:  # a worker was killed, as where memory is short
+            print("A worker was killed; its runs are tried once more.", flush=True)
+
+
+def run_all(options: argparse.Namespace, tries: Counter[Job]) -> None:
+    """Run what has no result file yet, with one set of workers.
+
+    Args:
+        options: Those of the command line, and ``end``, the time that nothing starts
+            after.
+        tries: How often each job has been started; changed.
+
+    Raises:
+        BrokenProcessPool: If a worker was killed. Jobs are not started a third time.
+    """
     spawn = multiprocessing.get_context("spawn")
     running: dict[Future[Result], Job] = {}
-    tried: set[Job] = set()
+    failed: set[Job] = set()
     with ProcessPoolExecutor(options.workers, spawn, end_with_parent) as pool:
         while True:
             experiment = Experiment.load(options.experiment)
             results = load_results(options.experiment)
             for job in experiment.jobs(results):
-                if len(running) == options.workers or time.monotonic() > end:
+                is_late = time.monotonic() > options.end
+                if len(running) == options.workers or is_late:
                     break
-                if job not in tried and not job.path.exists():
-                    tried.add(job)
+                is_known = job in failed or job in running.values()
+                if not is_known and tries[job] < 2 and not job.path.exists():
+                    tries[job] += 1
                     task = (job, experiment.rows[job.row], experiment.settings, options)
                     running[pool.submit(perform, *task)] = job
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                report(running.pop(future), future)
+                job = running.pop(future)
+                if not report(job, future):
+                    failed.add(job)
 
 
 def end_with_parent() -> None:
@@ -277,16 +302,24 @@ def end_with_parent() -> None:
     threading.Thread(target=wait_for_it, daemon=True).start()
 
 
-def report(job: Job, future: "Future[Result]") -> None:
-    """Write what came of a job, or say why nothing did."""
-    if error := future.exception():
+def report(job: Job, future: "Future[Result]") -> bool:
+    """Write what came of a job, or say why nothing did; return whether it ran.
+
+    Raises:
+        BrokenProcessPool: If its worker, or another one, was killed.
+    """
+    error = future.exception()
+    if isinstance(error, BrokenProcessPool):
+        raise error
+    if error is not None:
         print(f"FAILED {job.path.stem}: {error!r}", flush=True)
-        return
+        return False
     result = future.result()
     job.path.parent.mkdir(parents=True, exist_ok=True)
     write(job.path, result)
     scores = {name: round(s["score"], 4) for name, s in result["scores"].items()}
     print(f"{job.path.stem} {scores} {result['seconds']['train']:.0f} s", flush=True)
+    return True
 
 
 def perform(

@@ -4,6 +4,9 @@ import importlib
 import itertools
 import json
 import math
+from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType
 
@@ -402,6 +405,48 @@ def test_the_runner_writes_a_file_per_run_and_repeats_none(runner, tmp_path, cap
     capsys.readouterr()
     runner.main(arguments)
     assert not capsys.readouterr().out
+
+
+def test_a_killed_worker_costs_no_run(runner, tmp_path, monkeypatch, capsys):
+    (tmp_path / "list.toml").write_text(LIST)
+    started = []
+
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, _, job, *__):
+            started.append(job)
+            future = Future()
+            unlucky = job.row == "A" and job.rate == 3e-3
+            if unlucky or len(started) == 2:
+                future.set_exception(BrokenProcessPool())
+            elif job.row == "A" and job.rate == 3e-2:
+                future.set_exception(ValueError("no such thing"))
+            else:
+                found = outcome(runner, job.row, job.rate, job.seed, job.rate)
+                future.set_result({**found, "seconds": {"train": 1.0}})
+            return future
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    runner.main(["list"])
+    tries = Counter((job.row, job.rate, job.seed) for job in started)
+    assert tries.pop(("A", 3e-3, 3)) == 2  # its worker is killed each time
+    second = started[1]
+    assert tries.pop((second.row, second.rate, second.seed)) == 2
+    assert tries.pop(("A", 3e-2, 3)) <= 2
+    assert set(tries.values()) == {1}
+    printed = capsys.readouterr().out
+    assert printed.count("A worker was killed") == 3
+    assert "no such thing" in printed
+    done = {Path(path).stem for path in runner.FOLDER.glob("list/*.json")}
+    assert done >= {"sst2_b_1_0.1_3", "sst2_b_1_0.1_4", "sst2_a_1_0.01_3"}
 
 
 # ---- tables
