@@ -9,7 +9,7 @@ a task have those in common.
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,11 @@ TITLES = {
     "stsb": "STS-B",
     "rte": "RTE",
     "wnli": "WNLI",
+}
+METRICS = {
+    "cola": "Matthews",
+    "stsb": "mean of Pearson and Spearman",
+    "mrpc": "mean of F1 and accuracy",
 }
 
 
@@ -79,17 +84,18 @@ def score_table(experiment: Experiment, density: float, label: str) -> str:
     tasks = [
         t for t in TITLES if any(t == k[0] for runs in found.values() for k in runs)
     ]
-    head = ["", "entries", *(TITLES[task] for task in tasks), "mean", "rate"]
+    mean = ["mean"] if len(tasks) > 1 else []
+    head = ["", "entries", *(TITLES[task] for task in tasks), *mean, "rate"]
     lines = [_line(head), f"|---|{'---:|' * (len(head) - 1)}"]
     for row, runs in found.items():
         cells = [_cell(runs, task, len(experiment.seeds)) for task in tasks]
-        means = _task_means(runs)
-        mean = (
-            f"{statistics.mean(means.values()):.1f}" if len(means) == len(tasks) else ""
-        )
+        if mean:
+            means = _task_means(runs).values()
+            is_whole = len(means) == len(tasks)
+            cells.append(f"{statistics.mean(means):.1f}" if is_whole else "")
         rate = f"{next(iter(runs.values()))['rate']:g}"
         entries = max(result["entries"] for result in runs.values())
-        lines.append(_line([row, f"{entries:,}", *cells, mean, rate]))
+        lines.append(_line([row, f"{entries:,}", *cells, rate]))
     return "\n".join([*lines, "", _note(experiment, found, density, label), ""])
 
 
@@ -131,13 +137,18 @@ def _note(
         f"weights, training samples drawn by the seed: {sizes}; "
         f"{experiment.settings['epochs']} epochs of batches of 32; GLUE's validation "
         f"sets. Mean ± standard deviation over {len(experiment.seeds)} seeds, or as "
-        "many as stand in brackets. CoLA: Matthews; STS-B: mean of Pearson and "
-        "Spearman; MRPC: mean of F1 and accuracy; others: accuracy. Rates climb a "
+        f"many as stand in brackets; {_metrics(train)}. Rates climb a "
         f"ladder of two per decade, judged on 500 training samples of {tuning} "
         "that the first seed holds out. The head is trained as well. Products in "
         f"float32 of {first['precision']} precision, torch "
         f"{first['versions']['torch']}, peft {first['versions']['peft']}."
     )
+
+
+def _metrics(tasks: Collection[str]) -> str:
+    """Return what the scores of these tasks are."""
+    special = [f"{TITLES[task]}: {METRICS[task]}" for task in METRICS if task in tasks]
+    return "; ".join([*special, "others: accuracy"] if special else ["accuracy"])
 
 
 def compared(ours: Scores, theirs: Scores) -> dict[str, float]:

@@ -176,6 +176,12 @@ def glue_scores() -> str:
     return glue_table.score_table(Experiment.load("minilm"), 0.001, "MiniLM")
 
 
+def llama_scores() -> str:
+    """Return the scores on the LLaMA-type model."""
+    label = "The first six blocks of SmolLM2-135M-Instruct"
+    return glue_table.score_table(Experiment.load("smollm"), 0.001, label)
+
+
 def glue_differences() -> str:
     """Return what IRD and its variants gain over the others."""
     experiment = Experiment.load("minilm")
@@ -192,6 +198,7 @@ def search_table() -> str:
 TABLES = {
     "glue": glue_scores,
     "glue-differences": glue_differences,
+    "glue-llama": llama_scores,
     "search": search_table,
     "quickstart": quickstart_table,
     "selection": selection_table,

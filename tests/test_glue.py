@@ -480,19 +480,31 @@ def test_the_tables_show_each_row_at_its_best_rate(runner, load, tmp_path):
     glue_table = load("glue_table")
     (tmp_path / "list.toml").write_text(LIST)
     experiment = runner.Experiment.load("list")
+
+    def add(task, rate, seed, held_out, score):
+        result = outcome(runner, "A", rate, seed, held_out)
+        result["job"]["task"] = task
+        job = runner.Job(**result["job"])
+        result["scores"]["validation"]["score"] = score
+        facts = {"entries": 7, "rate": rate, "budget": 7, "versions": VERSIONS}
+        facts |= {"task": task, "train": 40, "precision": "highest"}
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        job.path.write_text(json.dumps({**result, **facts}))
+
     for rate, held_out in ((3e-3, 0.1), (1e-2, 0.3), (3e-2, 0.2)):
         for seed in (3, 4):
-            result = outcome(runner, "A", rate, seed, held_out)
-            job = runner.Job(**result["job"])
-            result["scores"]["validation"]["score"] = 10 * rate + seed / 100
-            facts = {"entries": 7, "rate": rate, "budget": 7, "versions": VERSIONS}
-            facts |= {"task": "sst2", "train": 40, "precision": "highest"}
-            job.path.parent.mkdir(parents=True, exist_ok=True)
-            job.path.write_text(json.dumps({**result, **facts}))
+            add("sst2", rate, seed, held_out, 10 * rate + seed / 100)
     text = glue_table.score_table(experiment, 0.01, "tiny")
-    assert "| A | 7 | 13.5 ± 0.7 | 13.5 | 0.01 |" in text
+    assert "| A | 7 | 13.5 ± 0.7 | 0.01 |" in text
     assert "SST-2 40" in text
+    assert "in brackets; accuracy." in text
     assert "| B |" not in text
+    add("cola", 1e-2, 3, 0.0, 0.2)
+    add("cola", 3e-2, 3, 0.9, 0.9)  # not the rate that the tuning tasks chose
+    text = glue_table.score_table(experiment, 0.01, "tiny")
+    assert "|  | entries | CoLA | SST-2 | mean | rate |" in text
+    assert "| A | 7 | 20.0 (1) | 13.5 ± 0.7 | 16.8 | 0.01 |" in text
+    assert "CoLA: Matthews; others: accuracy." in text
 
 
 VERSIONS = {"torch": "0", "peft": "0"}
