@@ -43,6 +43,7 @@ import run_glue
 FOLDER = RESULTS / "glue"
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates
+MOST_TRIES = 2  # of a run whose worker is killed
 _KEYS = ("rows", "rounds", "seeds", "tuning")
 Result = dict[str, Any]
 
@@ -268,7 +269,6 @@ def run_all(options: argparse.Namespace, tries: Counter[Job]) -> None:
     """
     spawn = multiprocessing.get_context("spawn")
     running: dict[Future[Result], Job] = {}
-    failed: set[Job] = set()
     with ProcessPoolExecutor(options.workers, spawn, end_with_parent) as pool:
         while True:
             experiment = Experiment.load(options.experiment)
@@ -277,8 +277,8 @@ def run_all(options: argparse.Namespace, tries: Counter[Job]) -> None:
                 is_late = time.monotonic() > options.end
                 if len(running) == options.workers or is_late:
                     break
-                is_known = job in failed or job in running.values()
-                if not is_known and tries[job] < 2 and not job.path.exists():
+                is_due = job not in running.values() and tries[job] < MOST_TRIES
+                if is_due and not job.path.exists():
                     tries[job] += 1
                     task = (job, experiment.rows[job.row], experiment.settings, options)
                     running[pool.submit(perform, *task)] = job
@@ -287,7 +287,7 @@ def run_all(options: argparse.Namespace, tries: Counter[Job]) -> None:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 if not report(job, future):
-                    failed.add(job)
+                    tries[job] = MOST_TRIES
 
 
 def end_with_parent() -> None:

@@ -440,7 +440,6 @@ def test_a_killed_worker_costs_no_run(runner, tmp_path, monkeypatch, capsys):
     assert tries.pop(("A", 3e-3, 3)) == 2  # its worker is killed each time
     second = started[1]
     assert tries.pop((second.row, second.rate, second.seed)) == 2
-    assert tries.pop(("A", 3e-2, 3)) <= 2
     assert set(tries.values()) == {1}
     printed = capsys.readouterr().out
     assert printed.count("A worker was killed") == 3
