@@ -94,7 +94,7 @@ SEARCH = ("search-sst2",)
 PICTURES = (
     Picture("glue-budget", ("glue/minilm/*",), glue_budget.draw, GLUE),
     Picture(
-        "quickstart", ("quickstart-published-0", "quickstart-0"), quickstart_plot.draw
+        "quickstart", ("quickstart-largest-0", "quickstart-0"), quickstart_plot.draw
     ),
     Picture("sample-alignment", ("sample-alignment",), alignment_plot.draw, (style,)),
     Picture("search", ("search-sst2",), search_study.draw_staircases, (plot_search,)),

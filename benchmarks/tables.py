@@ -87,14 +87,14 @@ def quickstart_table() -> str:
 
     Seconds and memory are the quickstart's own, whose two runs are side by side.
     """
-    plain, published, random = (
-        load(f"quickstart{which}") for which in ("", "-published", "-random")
+    plain, largest, random = (
+        load(f"quickstart{which}") for which in ("", "-largest", "-random")
     )
     columns = {
         "IRD, drawn": (plain, "IRD", "ird_lr"),
         "LoRA": (plain, "LoRA", "lora_lr"),
         "random mask": (random, "RANDOM", "ird_lr"),
-        "IRD, largest": (published, "IRD", "ird_lr"),
+        "IRD, largest": (largest, "IRD", "ird_lr"),
     }
     rates = [each[0]["options"][rate] for each, _, rate in columns.values()]
     lines = [
