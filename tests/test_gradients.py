@@ -137,11 +137,11 @@ def test_gradients_are_added_with_their_signs(case, data):
     assert_close(total, expected, **TOL[torch.float64])
 
 
-@given(cases())
-def test_the_squared_norm_is_the_sum_of_all_squares(case):
-    for n, gradient in enumerate(case.gradients):
-        expected = gradient.square().sum()
-        assert_close(case.form.squared_norm(n), expected, **TOL[torch.float64])
+@given(cases(), st.data())
+def test_the_squared_norm_is_the_sum_of_all_squares(case, data):
+    kept = subset(data, len(case.gradients))
+    expected = case.gradients[kept].square().sum((1, 2))
+    assert_close(case.form.squared_norms(kept), expected, **TOL[torch.float64])
 
 
 def places(data: st.DataObject, shape: torch.Size) -> Tensor:
@@ -162,10 +162,15 @@ def test_chosen_entries_are_those_of_the_dense_gradient(case, cost, size, wide, 
     flat = places(data, case.shape)
     kept = subset(data, len(case.gradients))
     costs = {"_SAMPLED_SHARE": 0, "_SAMPLED_COST": cost, "_BLOCK_BYTES": size}
-    with constants(is_wide=wide, **costs):
-        found = case.form.at(kept, Where(flat, case.shape))
+    where = Where(flat, case.shape)
+    with constants(is_wide=wide, **costs, _TILE_BYTES=size):
+        found = case.form.at(kept, where)
+        norms = case.form.squared_norms_at(kept, where)
+        squares = case.form.squares_at(kept, where)
     expected = case.gradients[kept].flatten(1)[:, flat]
     assert_close(found, expected, **TOL[torch.float64])
+    assert_close(norms, expected.square().sum(1), **TOL[torch.float64])
+    assert_close(squares, expected.square().sum(0), **TOL[torch.float64])
 
 
 @given(uses(["outer"]), st.booleans(), st.booleans(), st.data())
@@ -222,10 +227,15 @@ def test_factors_in_low_precision_are_multiplied_in_float32(parts, wide, data):
     kept = range(len(case.gradients))
     total = torch.zeros(case.shape.numel(), dtype=torch.float64)
     with constants(is_wide=wide):
-        found = case.form.at(kept, Where(flat, case.shape))
+        where = Where(flat, case.shape)
+        found = case.form.at(kept, where)
+        squares = case.form.squares_at(kept, where)
         case.form.add_squares_(total, kept)
-    assert found.dtype == torch.float32
+    assert found.dtype == squares.dtype == torch.float32
     expected = case.gradients.flatten(1)
+    assert_close(
+        squares.double(), expected[:, flat].square().sum(0), **TOL[torch.float32]
+    )
     assert_close(found.double(), expected[:, flat], **TOL[torch.float32])
     assert_close(total, expected.square().sum(0), **TOL[torch.float32])
 
@@ -237,9 +247,8 @@ def test_the_order_of_uses_does_not_matter(parts, random):
     form = combine([part.form for part in parts])
     kinds = {type(part.form) for part in parts}
     assert type(form) is (OuterAndRows if len(kinds) == 2 else kinds.pop())
-    norms = [form.squared_norm(n) for n in range(len(gradients))]
-    expected = gradients.square().sum((1, 2))
-    assert_close(torch.stack(norms), expected, **TOL[torch.float64])
+    norms = form.squared_norms(range(len(gradients)))
+    assert_close(norms, gradients.square().sum((1, 2)), **TOL[torch.float64])
 
 
 @given(uses(["outer", "looked_up"]), st.data())

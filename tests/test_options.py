@@ -1,11 +1,13 @@
 """Options that change which samples and entries win, against brute force."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 from peft_ird import IRDConfig, select_parameters
+from peft_ird.selection import fisher
 from tests import oracles
 from tests.conftest import as_batch, make_samples, task_type
 from tests.test_selection import candidate_names, config, flat, problem
@@ -69,7 +71,8 @@ def losses_alone(model, name) -> list[float]:
 
 @pytest.mark.parametrize("trim", [0.0, 0.2])
 @pytest.mark.parametrize("scaling", ["none", "length", "loss"])
-def test_sample_scores_are_scaled_and_trimmed(name, scaling, trim):
+def test_sample_scores_are_scaled_and_trimmed(name, scaling, trim, monkeypatch):
+    monkeypatch.setattr(fisher, "_FEW_TOKENS", math.inf)
     model, calibration, gradients = problem(name)
     cells = [(12, 0.05), (4, 0.05)]
     settings = config(

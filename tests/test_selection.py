@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
+from peft_ird.selection import fisher
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.sampling import with_sampled_labels
@@ -81,15 +83,52 @@ def test_fisher_and_scores_equal_the_one_sample_oracle(any_name):
     entries = torch.arange(0, len(pool), 3)
     with borrowed(model):
         estimator = FisherEstimator(model, pool, calibration)
-        fisher = joined(estimator.fisher(samples))
+        found = joined(estimator.fisher(samples))
         over_all = estimator.sample_scores(samples, None)
         over_some = estimator.sample_scores(samples, parts_of(pool, entries))
         gradient = joined(estimator.mean_gradient(samples))
     squares = gradients.square()
-    assert_close(fisher, squares.mean(0), **TOL[torch.float64])
+    assert_close(found, squares.mean(0), **TOL[torch.float64])
     assert_close(over_all, squares.sum(1), **TOL[torch.float64])
     assert_close(over_some, squares[:, entries].sum(1), **TOL[torch.float64])
     assert_close(gradient, gradients.mean(0), **TOL[torch.float64])
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_samples_whose_norm_is_too_small_are_not_scored(name, count, monkeypatch):
+    monkeypatch.setattr(fisher, "_FEW_TOKENS", math.inf)
+    model, calibration, gradients = problem(name)
+    pool = find_candidates(model, config(name, density=0.1))
+    squares = gradients.square()
+    entries = squares.mean(0).topk(len(pool) // 50).indices.sort().values
+    parts, samples = parts_of(pool, entries), list(range(12))
+    with borrowed(model):
+        estimator = FisherEstimator(model, pool, calibration)
+        estimator.remember(samples)
+        found = estimator.sample_scores(samples, parts, count)
+    by_part = zip(squares.split(list(pool.sizes), 1), parts, strict=True)
+    norms = sum(block.sum(1) for block, part in by_part if len(part))
+    scores = squares[:, entries].sum(1)
+    least = scores[norms.topk(count).indices].min()
+    is_scored = norms >= least
+    assert is_scored.all() == (count == 12)
+    assert_close(found[is_scored], scores[is_scored], **TOL[torch.float64])
+    assert (found[~is_scored] == -1).all()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_all_samples_are_scored_where_norms_are_dear(name, keep, monkeypatch):
+    monkeypatch.setattr(fisher, "_FEW_TOKENS", math.inf if not keep else 0)
+    model, calibration, _ = problem(name)
+    pool = find_candidates(model, config(name, density=0.1))
+    entries = parts_of(pool, torch.arange(0, len(pool), 50))
+    samples = list(range(12))
+    with borrowed(model):
+        estimator = FisherEstimator(model, pool, calibration)
+        if keep:
+            estimator.remember(samples)
+        found = estimator.sample_scores(samples, entries, 1)
+        assert_close(found, estimator.sample_scores(samples, entries))
 
 
 def test_fisher_in_float32_is_close_to_float64(name):
@@ -99,12 +138,10 @@ def test_fisher_in_float32_is_close_to_float64(name):
     calibration = Calibration([as_batch(s) for s in make_samples(name)])
     with borrowed(model):
         estimator = FisherEstimator(model, pool, calibration)
-        fisher = joined(estimator.fisher(tuple(range(12))))
-    assert fisher.dtype == torch.float32
+        found = joined(estimator.fisher(tuple(range(12))))
+    assert found.dtype == torch.float32
     expected = gradients.square().mean(0)
-    assert_close(
-        fisher.double(), expected, rtol=1e-3, atol=1e-5 * expected.max().item()
-    )
+    assert_close(found.double(), expected, rtol=1e-3, atol=1e-5 * expected.max().item())
 
 
 CELLS = [(12, 0.2), (6, 0.2), (6, 0.05), (2, 0.05), (1, 0.01)]
@@ -113,7 +150,10 @@ CELLS = [(12, 0.2), (6, 0.2), (6, 0.05), (2, 0.05), (1, 0.01)]
 @pytest.mark.parametrize("sample_score", ["selected", "all"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("method", ["ird", "reverse_ird"])
-def test_range_decreasing_equals_the_brute_force(name, method, nested, sample_score):
+def test_range_decreasing_equals_the_brute_force(
+    name, method, nested, sample_score, monkeypatch
+):
+    monkeypatch.setattr(fisher, "_FEW_TOKENS", math.inf)
     model, calibration, gradients = problem(name)
     selection = select_parameters(
         model,

@@ -6,7 +6,7 @@ al., 2021, arXiv:2111.09839).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -37,6 +37,11 @@ S = TypeVar("S", bound=Statistic)
 
 # In float16 the smallest gradients of a loss near one would underflow.
 _HALF_SCALE = 1024.0
+# What rounding may add to a score, or take from a norm.
+_ROUNDING = 1 + 1e-3
+# The norm of an outer product takes t^2 (o + i) steps, a score a share of t o i. This
+# is where they cost alike, as t (o + i) / (o i).
+_FEW_TOKENS = 1 / 3
 
 
 class FisherEstimator:
@@ -202,24 +207,60 @@ class FisherEstimator:
             yield part, total.div_(len(samples)).to(self.pool.dtype)
 
     def sample_scores(
-        self, samples: Sequence[int], entries: Sequence[Tensor] | None
+        self,
+        samples: Sequence[int],
+        entries: Sequence[Tensor] | None,
+        count: int | None = None,
     ) -> Tensor:
         r"""Return the score of each sample, :math:`\sum_{j \in P} g_n[j]^2`.
+
+        A score is at most the squared norm of the whole gradient. Where that is cheap,
+        samples that it shows to be none of the ``count`` best are not scored.
 
         Args:
             samples: Positions in the calibration data.
             entries: Sorted positions in each parameter to sum over, int64; None for
                 all candidates.
+            count: How many of the largest scores are wanted; others may be -1.
+                Default: all.
 
         Returns:
             Scores in the order of ``samples``. Shape ``[len(samples)]``, float64.
         """
-        chosen = None if entries is None else self._where(entries)
-        parts = range(len(self.pool.sizes)) if chosen is None else list(chosen)
-        scores: Scores = self._summed(
-            samples, parts, partial(Scores, samples, chosen), "Sample scores"
-        )
-        return scores.totals
+        if entries is None:
+            return self._scores(samples, range(len(self.pool.sizes)))
+        chosen = self._where(entries)
+        parts = list(chosen)
+        if count is None or not self._has_cheap_norms(samples, parts):
+            return self._scores(samples, parts, chosen)
+        bounds = self._scores(samples, parts) * _ROUNDING
+        order = bounds.argsort(descending=True, stable=True)
+        best, others = order[:count], order[count:]
+        scores = torch.full_like(bounds, -1.0)
+        for rows in (best, others):
+            possible = rows[bounds[rows] >= scores[best].min()]
+            some = [samples[row] for row in possible.tolist()]
+            scores[possible] = self._scores(some, parts, chosen)
+        return scores
+
+    def _scores(
+        self,
+        samples: Sequence[int],
+        parts: Sequence[int],
+        chosen: Mapping[int, Where] | None = None,
+    ) -> Tensor:
+        """Return squared norms of gradients, or of their chosen entries."""
+        make = partial(Scores, samples, chosen)
+        return self._summed(samples, parts, make, "Sample scores").totals
+
+    def _has_cheap_norms(self, samples: Sequence[int], parts: Sequence[int]) -> bool:
+        """Return whether norms cost far less than scores: kept, and of few tokens."""
+        shapes = [self.pool.parameters[part].shape for part in parts]
+        sides = sum(sum(shape) for shape in shapes if len(shape) == 2)
+        area = sum(shape.numel() for shape in shapes if len(shape) == 2)
+        if not sides or not self._engine.has_kept(samples):
+            return False
+        return float(self.lengths(samples).mean()) <= _FEW_TOKENS * area / sides
 
     def losses(self, samples: Sequence[int]) -> Tensor:
         """Return the loss of each sample; a pass over the samples comes first.

@@ -228,10 +228,12 @@ class Decrease:
         chosen = None
         if self.entries is not None and self.settings.sample_score == "selected":
             chosen = self.entries.positions
-        scores = self.estimator.sample_scores(self.samples, chosen)
+        outliers = int(self.settings.trim_samples * len(self.samples))
+        outliers = min(outliers, len(self.samples) - wanted)
+        is_plain = self.settings.sample_scaling == "none" and not self.is_reverse
+        count = wanted + outliers if is_plain else None
+        scores = self.estimator.sample_scores(self.samples, chosen, count)
         scores = self._scaled(scores)
-        outliers = int(self.settings.trim_samples * len(scores))
-        outliers = min(outliers, len(scores) - wanted)
         ranked = list(range(len(scores)))
         if outliers:
             inliers = top_k(scores, len(scores) - outliers, largest=self.is_reverse)

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from peft_ird.selection.gradients.entrywise import Entrywise
 from peft_ird.selection.gradients.where import Where
 
 __all__ = ["Dense", "rows_of"]
 
 
-class Dense:
+class Dense(Entrywise):
     """Gradients of a small parameter as they are.
 
     Args:
@@ -27,9 +28,9 @@ class Dense:
         """See `SampleGradients`."""
         total.add_(rows_of(self.values, kept).sum(0))
 
-    def squared_norm(self, n: int) -> Tensor:
+    def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""
-        return self.values[n].double().square().sum()
+        return rows_of(self.values, kept).double().square().sum(1)
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""

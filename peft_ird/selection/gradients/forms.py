@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.dense import Dense
+from peft_ird.selection.gradients.entrywise import Entrywise
 from peft_ird.selection.gradients.outer import Outer, join_outers
 from peft_ird.selection.gradients.rows import Rows, join_rows
 from peft_ird.selection.gradients.where import Where
@@ -31,8 +32,14 @@ class SampleGradients(Protocol):
     def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
         r"""Add :math:`\sum_n g_n` over the samples ``kept`` to ``total``, 1-D."""
 
-    def squared_norm(self, n: int) -> Tensor:
-        r"""Return :math:`\sum_j g_n[j]^2`, a float64 scalar."""
+    def squared_norms(self, kept: Sequence[int]) -> Tensor:
+        r"""Return :math:`\sum_j g_n[j]^2` of some samples. 1-D, float64."""
+
+    def squared_norms_at(self, rows: Sequence[int], where: Where) -> Tensor:
+        """Return the same over the chosen entries."""
+
+    def squares_at(self, rows: Sequence[int], where: Where) -> Tensor:
+        r"""Return :math:`\sum_n g_n[j]^2` of the chosen entries. Shape ``[k]``."""
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """Return the chosen entries of some samples. Shape ``[len(rows), k]``."""
@@ -41,7 +48,7 @@ class SampleGradients(Protocol):
         """Yield the tensors held."""
 
 
-class OuterAndRows:
+class OuterAndRows(Entrywise):
     """Gradients of a matrix that is an embedding and a linear layer at once.
 
     Args:
@@ -71,9 +78,10 @@ class OuterAndRows:
         self.outer.add_sum_(total, kept)
         self.rows.add_sum_(total, kept)
 
-    def squared_norm(self, n: int) -> Tensor:
+    def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""
-        return self.outer.squared_norm(n) + self._more(n)[1].double().sum()
+        more = torch.stack([self._more(n)[1].double().sum() for n in kept])
+        return self.outer.squared_norms(kept) + more
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""

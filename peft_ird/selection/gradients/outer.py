@@ -6,11 +6,13 @@ chosen entries only, or not at all.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.dense import rows_of
+from peft_ird.selection.gradients.entrywise import Entrywise
 from peft_ird.selection.gradients.where import Where
 from peft_ird.sparse.products import by_block, by_sampling
 
@@ -22,11 +24,11 @@ _TILE_BYTES = 4 << 20
 _BLOCK_BYTES = 256 << 20
 # A sampled product takes as long as a dense one of this share of the matrix, and as
 # this many entries of a dense one for each entry.
-_SAMPLED_SHARE = 0.2
+_SAMPLED_SHARE = 0.4
 _SAMPLED_COST = 4
 
 
-class Outer:
+class Outer(Entrywise):
     r"""Gradients of a matrix as sums of outer products, :math:`g_n = L_n^\top R_n`.
 
     Args:
@@ -109,25 +111,23 @@ class Outer:
         left, right = (torch.cat(side) for side in zip(*pairs, strict=True))
         total.view(self.shape).add_(left.t() @ right)
 
-    def squared_norm(self, n: int) -> Tensor:
+    def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""
-        left, right = self.factors(n)
         rows, columns = self.shape
-        if len(left) * (rows + columns) <= rows * columns:  # less work than forming g_n
-            gram = (left @ left.t()).mul_(right @ right.t())
-            return gram.sum(dtype=torch.float64)
-        # One float32 norm over a large g_n would be off by up to 1e-3.
-        norms = torch.linalg.vector_norm(left.t() @ right, dim=1)
-        norm: Tensor = norms.double().square().sum()
-        return norm
+        tokens = max(self.spans[n][1] - self.spans[n][0] for n in kept)
+        if tokens * (rows + columns) > rows * columns:  # more work than forming g_n
+            formed = (left.t() @ right for left, right in map(self.factors, kept))
+            return torch.stack([_squared_norm(gradient) for gradient in formed])
+        left, right = self._factors(kept)
+        grams = (torch.bmm(side, side.transpose(1, 2)) for side in (left, right))
+        return next(grams).mul_(next(grams)).sum((1, 2), dtype=torch.float64)
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""
-        used, columns, _ = where.used
-        area, whole = len(used) * len(columns), self.shape[0] * self.shape[1]
         if not _is_wide(self.left.device):
-            sampled = _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
-            return (self._sampled if area > sampled else self._compact)(rows, where)
+            is_sampled = self._is_sampled(where)
+            return (self._sampled if is_sampled else self._compact)(rows, where)
+        area = len(where.used[0]) * len(where.used[1])
         size = max(1, _BLOCK_BYTES // max(1, area * torch.float32.itemsize))
         return torch.cat(
             [
@@ -147,13 +147,74 @@ class Outer:
     def _block(self, rows: Sequence[int], where: Where) -> Tensor:
         """As `_compact`, for many samples at once."""
         used, columns, place = where.used
-        spans = [self.spans[n] for n in rows]
-        tokens = slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+        tokens = self._tokens(rows)
         left, right = (
             rows_of(side[:, tokens], rows)[..., wanted]
             for side, wanted in ((self.left, used), (self.right, columns))
         )
         return _products(left, right).flatten(1)[:, place].mul_(self.unscale)
+
+    def squared_norms_at(self, rows: Sequence[int], where: Where) -> Tensor:
+        """See `SampleGradients`."""
+        if self._is_sampled(where) or _is_wide(self.left.device):
+            return super().squared_norms_at(rows, where)
+        norms = torch.zeros(len(rows), dtype=torch.float64)
+        for tile in self._tiles(rows, where):
+            mask = torch.zeros_like(tile.buffer)
+            mask.view(-1)[tile.places] = 1
+            for n, product in enumerate(tile.products()):
+                norms[n] += _squared_norm(product.mul_(mask))
+        return norms
+
+    def squares_at(self, rows: Sequence[int], where: Where) -> Tensor:
+        """See `SampleGradients`."""
+        if self._is_sampled(where) or _is_wide(self.left.device):
+            return super().squares_at(rows, where)
+        found = [_computable(self.left[:0]).new_empty(0)]
+        for tile in self._tiles(rows, where):
+            sums = torch.zeros_like(tile.buffer)
+            for product in tile.products():
+                sums.addcmul_(product, product)
+            found.append(sums.view(-1)[tile.places])
+        return torch.cat(found)
+
+    def _is_sampled(self, where: Where) -> bool:
+        """Return whether single dot products are cheaper than the block in use."""
+        area = len(where.used[0]) * len(where.used[1])
+        whole = self.shape[0] * self.shape[1]
+        return area > _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
+
+    def _tiles(self, kept: Sequence[int], where: Where) -> Iterator["_Tile"]:
+        """Yield the block of used rows and columns in tiles that stay in the cache."""
+        used, columns, place = where.used
+        left, right = (
+            side.index_select(2, wanted)
+            for side, wanted in zip(self._factors(kept), (used, columns), strict=True)
+        )
+        width = len(columns)
+        step = max(1, _TILE_BYTES // max(1, width * left.element_size()))
+        buffer = left.new_empty(min(step, len(used)), width)
+        for start, rows in zip(
+            range(0, len(used), step), left.split(step, 2), strict=False
+        ):
+            bounds = torch.tensor([start, start + rows.shape[2]], device=place.device)
+            first, last = torch.searchsorted(place, bounds * width).tolist()
+            places = place[first:last] - start * width
+            yield _Tile(places, rows, right, buffer[: rows.shape[2]])
+
+    def _tokens(self, kept: Sequence[int]) -> slice:
+        """Return from where to where any of some samples has live tokens."""
+        spans = [self.spans[n] for n in kept]
+        return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
+
+    def _factors(self, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the factors of some samples, all of the same length."""
+        tokens = self._tokens(kept)
+        left, right = (
+            _computable(rows_of(side[:, tokens], kept))
+            for side in (self.left, self.right)
+        )
+        return left if self.unscale == 1.0 else left * self.unscale, right
 
     def _sampled(self, rows: Sequence[int], where: Where) -> Tensor:
         """Multiply what the entries need, one dot product each."""
@@ -170,6 +231,28 @@ class Outer:
     def tensors(self) -> Iterator[Tensor]:
         """See `SampleGradients`."""
         yield from (self.left, self.right)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A part of the block of used rows and columns.
+
+    Args:
+        places: Flat positions of its entries. Shape ``[k]``, int64.
+        left: Shape ``[n, t, r]``.
+        right: Shape ``[n, t, c]``.
+        buffer: Where products are formed. Shape ``[r, c]``.
+    """
+
+    places: Tensor
+    left: Tensor
+    right: Tensor
+    buffer: Tensor
+
+    def products(self) -> Iterator[Tensor]:
+        """Yield the gradient of each sample; the next one overwrites it."""
+        for left, right in zip(self.left, self.right, strict=True):
+            yield torch.mm(left.t(), right, out=self.buffer)
 
 
 def join_outers(uses: Sequence[Outer]) -> Outer:
@@ -207,6 +290,12 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda and left.dtype in {torch.bfloat16, torch.float16}:
         return torch.bmm(left.transpose(1, 2), right, out_dtype=torch.float32)
     return torch.bmm(_computable(left).transpose(1, 2), _computable(right))
+
+
+def _squared_norm(matrix: Tensor) -> Tensor:
+    """Return the sum of squares in float64; one float32 sum can be off by 1e-3."""
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    return norms.double().square().sum()
 
 
 def _computable(tensor: Tensor) -> Tensor:

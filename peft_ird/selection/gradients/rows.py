@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from peft_ird.selection.gradients.entrywise import Entrywise
 from peft_ird.selection.gradients.where import Where
 
 __all__ = ["Rows", "join_rows"]
 
 
-class Rows:
+class Rows(Entrywise):
     """Gradients of a matrix that are zero but for a few rows, as of an embedding.
 
     Args:
@@ -67,9 +68,10 @@ class Rows:
         matrix = total.view(-1, values.shape[-1])
         matrix.index_add_(0, row, values.to(total.dtype))
 
-    def squared_norm(self, n: int) -> Tensor:
+    def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""
-        return self.part(n)[1].double().square().sum()
+        parts = (self.part(n)[1] for n in kept)
+        return torch.stack([values.double().square().sum() for values in parts])
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""

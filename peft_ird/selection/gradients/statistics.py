@@ -4,7 +4,7 @@ Sums over the samples of a batch are in the type of the gradients, sums over bat
 float64, so that they do not depend on the order of the batches or on who adds them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 ACCUMULATOR_BYTES = torch.float64.itemsize
-_PORTION = 1 << 22  # entries of single samples that are looked at together
 
 
 class Statistic(Protocol):
@@ -113,9 +112,7 @@ class SquareSumAt:
         positions: Sequence[int],  # noqa: ARG002 (the interface)
     ) -> None:
         """See `Statistic`."""
-        where = self.chosen[part]
-        for some in _portions(rows, len(where)):
-            self.totals[part].add_(gradients.at(some, where).square_().sum(0))
+        self.totals[part].add_(gradients.squares_at(rows, self.chosen[part]))
 
     def tensors(self) -> list[Tensor]:
         """See `Statistic`."""
@@ -146,28 +143,15 @@ class Scores:
     ) -> None:
         """See `Statistic`."""
         if self.chosen is None:
-            found = torch.stack([gradients.squared_norm(row) for row in rows])
+            found = gradients.squared_norms(rows)
         else:
-            where = self.chosen[part]
-            found = torch.cat(
-                [
-                    gradients.at(some, where).square_().sum(1, dtype=torch.float64)
-                    for some in _portions(rows, len(where))
-                ]
-            )
+            found = gradients.squared_norms_at(rows, self.chosen[part])
         places = torch.tensor([self._places[position] for position in positions])
         self.totals[places] += found.cpu()
 
     def tensors(self) -> list[Tensor]:
         """See `Statistic`."""
         return [self.totals]
-
-
-def _portions(rows: Sequence[int], entries: int) -> Iterator[Sequence[int]]:
-    """Cut samples into portions whose entries fit into a small buffer."""
-    size = max(1, _PORTION // max(1, entries))
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _zeros(pool: Pool, part: int, size: int) -> Tensor:

@@ -145,8 +145,7 @@ class Trial:
             raise ValueError("the loss of a batch is not the sum of its samples'")
         norms = torch.zeros_like(expected)
         for part, each in gradients.items():
-            for n in range(len(pair)):
-                norms[n, part] = each.squared_norm(n)
+            norms[:, part] = each.squared_norms(range(len(pair)))
         tokens = size_of(pair)
         by_token, by_sample = _held_bytes(gradients.values())
         has_losses = passed.losses is not None and _are_close(
