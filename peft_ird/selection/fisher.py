@@ -40,8 +40,8 @@ _HALF_SCALE = 1024.0
 # What rounding may add to a score, or take from a norm.
 _ROUNDING = 1 + 1e-3
 # The norm of an outer product takes t^2 (o + i) steps, a score a share of t o i. This
-# is where they cost alike, as t (o + i) / (o i).
-_FEW_TOKENS = 1 / 3
+# is where norms are worth it, as t (o + i) / (o i).
+_FEW_TOKENS = 1 / 5
 
 
 class FisherEstimator:
@@ -215,7 +215,7 @@ class FisherEstimator:
         r"""Return the score of each sample, :math:`\sum_{j \in P} g_n[j]^2`.
 
         A score is at most the squared norm of the whole gradient. Where that is cheap,
-        samples that it shows to be none of the ``count`` best are not scored.
+        and few are wanted, samples that it rules out are not scored.
 
         Args:
             samples: Positions in the calibration data.
@@ -231,7 +231,8 @@ class FisherEstimator:
             return self._scores(samples, range(len(self.pool.sizes)))
         chosen = self._where(entries)
         parts = list(chosen)
-        if count is None or not self._has_cheap_norms(samples, parts):
+        is_few = count is not None and 2 * count < len(samples)
+        if not is_few or not self._has_cheap_norms(samples, parts):
             return self._scores(samples, parts, chosen)
         bounds = self._scores(samples, parts) * _ROUNDING
         order = bounds.argsort(descending=True, stable=True)

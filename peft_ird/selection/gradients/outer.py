@@ -187,20 +187,19 @@ class Outer(Entrywise):
     def _tiles(self, kept: Sequence[int], where: Where) -> Iterator["_Tile"]:
         """Yield the block of used rows and columns in tiles that stay in the cache."""
         used, columns, place = where.used
-        left, right = (
-            side.index_select(2, wanted)
-            for side, wanted in zip(self._factors(kept), (used, columns), strict=True)
-        )
+        pairs = [
+            (left.index_select(1, used), right.index_select(1, columns))
+            for left, right in map(self.factors, kept)
+        ]
         width = len(columns)
-        step = max(1, _TILE_BYTES // max(1, width * left.element_size()))
-        buffer = left.new_empty(min(step, len(used)), width)
-        for start, rows in zip(
-            range(0, len(used), step), left.split(step, 2), strict=False
-        ):
-            bounds = torch.tensor([start, start + rows.shape[2]], device=place.device)
-            first, last = torch.searchsorted(place, bounds * width).tolist()
+        step = max(1, _TILE_BYTES // max(1, width * pairs[0][0].element_size()))
+        buffer = pairs[0][0].new_empty(min(step, len(used)), width)
+        for start in range(0, len(used), step):
+            rows = slice(start, min(start + step, len(used)))
+            bounds = torch.tensor([rows.start, rows.stop]) * width
+            first, last = torch.searchsorted(place, bounds).tolist()
             places = place[first:last] - start * width
-            yield _Tile(places, rows, right, buffer[: rows.shape[2]])
+            yield _Tile(places, rows, pairs, buffer[: rows.stop - start])
 
     def _tokens(self, kept: Sequence[int]) -> slice:
         """Return from where to where any of some samples has live tokens."""
@@ -235,24 +234,24 @@ class Outer(Entrywise):
 
 @dataclass(frozen=True)
 class _Tile:
-    """A part of the block of used rows and columns.
+    """A part of the block of used rows and columns, on the CPU.
 
     Args:
         places: Flat positions of its entries. Shape ``[k]``, int64.
-        left: Shape ``[n, t, r]``.
-        right: Shape ``[n, t, c]``.
-        buffer: Where products are formed. Shape ``[r, c]``.
+        rows: Which of the used rows these are.
+        pairs: The used rows and columns of each sample's factors.
+        buffer: Where products are formed. Shape ``[rows, columns]``.
     """
 
     places: Tensor
-    left: Tensor
-    right: Tensor
+    rows: slice
+    pairs: Sequence[tuple[Tensor, Tensor]]
     buffer: Tensor
 
     def products(self) -> Iterator[Tensor]:
         """Yield the gradient of each sample; the next one overwrites it."""
-        for left, right in zip(self.left, self.right, strict=True):
-            yield torch.mm(left.t(), right, out=self.buffer)
+        for left, right in self.pairs:
+            yield torch.mm(left[:, self.rows].t(), right, out=self.buffer)
 
 
 def join_outers(uses: Sequence[Outer]) -> Outer:
