@@ -1,8 +1,10 @@
 """Tell PEFT about the tuner: the only file that touches its registries and privates."""
 
+from contextlib import nullcontext
 from typing import Any, Union
 
 import peft.mixed_model
+import peft.peft_model
 import peft.tuners.mixed
 import peft.tuners.mixed.model
 from peft.mapping import (
@@ -17,6 +19,9 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers as include_all_linear_layers,
 )
 from peft.utils import PeftType
+from torch import Tensor
+
+from peft_ird.sparse.storage import replacing
 
 __all__ = ["IRD", "PREFIX", "BufferDict", "include_all_linear_layers", "register"]
 
@@ -75,11 +80,22 @@ class _MixedModel(MixedModel):  # type: ignore[misc]
         return self._tuner(config)._check_target_module_exists(config, key)
 
 
+def _save_file(tensors: dict[str, Tensor], filename: str, **kw: Any) -> None:
+    """Write weights as PEFT does; those with deltas appear once they are complete."""
+    has_deltas = any(PREFIX in name for name in tensors)
+    with replacing(filename) if has_deltas else nullcontext(filename) as place:
+        _save_file_of_peft(tensors, place, **kw)
+
+
+_save_file_of_peft = peft.peft_model.safe_save_file
+
+
 def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     """Register the tuner; calling it again registers nothing twice.
 
     Mixed models have no registry: their lists get the tuner, and the class that PEFT
-    builds them from becomes a subclass that hands IRD adapters on.
+    builds them from becomes a subclass that hands IRD adapters on. The function that
+    writes PEFT's files is wrapped, for IRD adapters only.
 
     Args:
         config_cls: The config class, ``IRDConfig``.
@@ -100,3 +116,4 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
         mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, IRD)
         peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
         peft.mixed_model.MixedModel = _MixedModel
+        peft.peft_model.safe_save_file = _save_file

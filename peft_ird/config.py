@@ -1,11 +1,13 @@
 """The configuration of the tuner."""
 
 import copy
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from peft_ird._registration import IRD
 from peft_ird.options import check
@@ -240,14 +242,20 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         return {k: v for k, v in everything.items() if k not in _RUNTIME_ONLY}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration; a model card beside it says what to import.
+        """Save the configuration, whole or not at all.
+
+        A model card beside it says what to import.
 
         Args:
             save_directory: The folder.
             **kwargs: Passed on to PEFT.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory, "README.md")
+        place = Path(save_directory)
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place, prefix=".") as spare:
+            super().save_pretrained(spare, **kwargs)
+            Path(spare, CONFIG_NAME).replace(place / CONFIG_NAME)
+        card = place / "README.md"
         if card.is_file() and "import peft_ird" not in card.read_text("utf-8"):
             with card.open("a", encoding="utf-8") as file:
                 file.write(_CARD)

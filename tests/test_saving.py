@@ -26,7 +26,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from peft_ird import Calibration, IRDConfig
+from peft_ird import Calibration, IRDConfig, _registration
 from peft_ird.layer import IRDLayer
 from tests import oracles
 from tests.conftest import make_batch, make_model, make_samples, task_type
@@ -170,6 +170,54 @@ def test_a_fresh_process_predicts_the_same(name, trained):
         folder / "adapter", folder / "batch.pt", folder / "logits.pt",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def half_of(write):
+    """A writer that is interrupted in the middle of its file."""
+
+    def interrupted(*args, **kwargs):
+        write(*args, **kwargs)
+        place = Path(next(a for a in args if isinstance(a, str | Path)))
+        path = place / "adapter_config.json" if place.is_dir() else place
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        raise KeyboardInterrupt
+
+    return interrupted
+
+
+@pytest.mark.parametrize("file", ["weights", "configuration"])
+def test_an_interrupted_save_leaves_the_files_before(file, tmp_path, monkeypatch):
+    model = get_peft_model(make_model("bert"), config("bert"))
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    owner, attribute = {
+        "weights": (_registration, "_save_file_of_peft"),
+        "configuration": (PeftConfig, "save_pretrained"),
+    }[file]
+    monkeypatch.setattr(owner, attribute, half_of(getattr(owner, attribute)))
+    model.peft_config["default"].seed = 7
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changed = {n for n in before if after[n] != before[n]} - {"README.md"}
+    assert after.keys() == before.keys()
+    assert changed <= ({"adapter_model.safetensors"} if file != "weights" else set())
+
+
+def test_other_tuners_are_written_as_peft_writes_them(tmp_path, monkeypatch):
+    written = []
+    write = _registration._save_file_of_peft
+
+    def noted(tensors, path, **kwargs):
+        written.append(Path(path))
+        write(tensors, path, **kwargs)
+
+    monkeypatch.setattr(_registration, "_save_file_of_peft", noted)
+    lora = get_peft_model(make_model("bert"), LoraConfig(task_type="SEQ_CLS"))
+    lora.save_pretrained(tmp_path)
+    assert written == [tmp_path / "adapter_model.safetensors"]
 
 
 def test_the_model_card_says_what_to_import(trained):

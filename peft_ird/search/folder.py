@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from peft_ird.search.outcome import CellRecord, Failure, Outcome
 from peft_ird.selection.schedule import Cell
 from peft_ird.selection.selection import Selection
+from peft_ird.sparse.storage import replacing
 
 __all__ = ["CellFolder", "SearchFolder"]
 
@@ -190,10 +190,6 @@ def _flat(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _write_json(path: Path, content: Any) -> None:
     """Write a file that appears only once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, default=_as_json, indent=1)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -3,8 +3,9 @@
 import json
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "plain_name",
     "read_adapter_file",
     "read_entries",
+    "replacing",
     "save_tensors",
     "with_coded_indices",
 ]
@@ -53,17 +55,30 @@ def save_tensors(
         tensors: Named tensors; dtypes are kept.
         metadata: Anything that JSON holds.
     """
+    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"json": json.dumps(metadata)})
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Lend a temporary name beside a file that appears only once it is complete.
+
+    Args:
+        path: The file; its folder is created.
+
+    Yields:
+        Where to write it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    # tempfile would leave a file that only its owner may read.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
-        save_file(contiguous, temporary, metadata={"json": json.dumps(metadata)})
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(
