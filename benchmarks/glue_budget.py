@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from glue_runs import Experiment
+from experiment import Experiment
 from glue_table import chosen
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

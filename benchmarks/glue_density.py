@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glue_runs import Experiment
+from experiment import Experiment
 from glue_table import TITLES, chosen, reported
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """README's tables of the GLUE experiments: scores, and paired differences.
 
-A row's score on a task is that of its rate (`glue_runs`), on the validation set.
+A row's score on a task is that of its rate (`experiment`), on the validation set.
 Differences are paired over tasks and seeds: both methods saw the same training samples,
 order and head. What is said of them holds for these tasks and validation sets: seeds of
 a task have those in common.
@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from glue_runs import Experiment, best_rate, load_results, next_rates
+from experiment import Experiment, best_rate, load_results, next_rates
 from paired import sign_flip
 from scipy import stats
 
@@ -72,13 +72,16 @@ def scores(runs: Mapping[Key, Result]) -> Scores:
     return {key: reported(result) for key, result in runs.items()}
 
 
-def score_table(experiment: Experiment, density: float, label: str) -> str:
+def score_table(
+    experiment: Experiment, density: float, label: str, constants: Mapping[str, float]
+) -> str:
     """Return a row per method with mean ± standard deviation over seeds.
 
     Args:
         experiment: The list.
         density: The budget.
         label: What the model is called.
+        constants: What a constant answer scores on each task.
     """
     found = chosen(experiment, density, load_results(experiment.name))
     tasks = [
@@ -96,6 +99,11 @@ def score_table(experiment: Experiment, density: float, label: str) -> str:
         rate = f"{next(iter(runs.values()))['rate']:g}"
         entries = max(result["entries"] for result in runs.values())
         lines.append(_line([row, f"{entries:,}", *cells, rate]))
+    known = [100 * constants[task] for task in tasks]
+    cells = [f"{score:.1f}" for score in known]
+    if mean:
+        cells.append(f"{statistics.mean(known):.1f}")
+    lines.append(_line(["a constant answer", "0", *cells, ""]))
     return "\n".join([*lines, "", _note(experiment, found, density, label), ""])
 
 

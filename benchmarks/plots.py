@@ -19,8 +19,8 @@ from types import ModuleType
 from typing import Any
 
 import alignment_plot
+import experiment
 import glue_budget
-import glue_runs
 import glue_table
 import quickstart_plot
 import search_study
@@ -89,7 +89,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-GLUE = (glue_table, glue_runs)
+GLUE = (glue_table, experiment)
 SEARCH = ("search-sst2",)
 PICTURES = (
     Picture("glue-budget", ("glue/minilm/*",), glue_budget.draw, GLUE),

@@ -19,7 +19,7 @@ import search_study
 import selection_speed
 import selection_stairs
 import step_table
-from glue_runs import Experiment
+from experiment import Experiment
 from record import RESULTS, ROOT
 
 Run = dict[str, Any]
@@ -173,13 +173,18 @@ def files_table() -> str:
 
 def glue_scores() -> str:
     """Return the scores of all methods on GLUE at 0.1 %."""
-    return glue_table.score_table(Experiment.load("minilm"), 0.001, "MiniLM")
+    return scores_on("minilm", "MiniLM")
 
 
 def llama_scores() -> str:
     """Return the scores on the LLaMA-type model."""
-    label = "The first six blocks of SmolLM2-135M-Instruct"
-    return glue_table.score_table(Experiment.load("smollm"), 0.001, label)
+    return scores_on("smollm", "The first six blocks of SmolLM2-135M-Instruct")
+
+
+def scores_on(name: str, label: str) -> str:
+    """Return the scores of a list of experiments."""
+    constants = read("glue-constants")["scores"]
+    return glue_table.score_table(Experiment.load(name), 0.001, label, constants)
 
 
 def glue_differences() -> str:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -38,7 +39,7 @@ def load(monkeypatch):
 
 def write_glue(folder: Path, task: str, rows: dict, splits=("train", "validation")):
     datasets = pytest.importorskip("datasets")
-    (folder / task).mkdir(parents=True)
+    (folder / task).mkdir(parents=True, exist_ok=True)
     for split in splits:
         path = folder / task / f"{split}.parquet"
         datasets.Dataset.from_dict(rows).to_parquet(str(path))
@@ -318,11 +319,16 @@ def test_diff_pruning_keeps_the_largest_changes_and_leaves_the_model_as_new(load
 
 
 @pytest.fixture
-def runner(load, monkeypatch, tmp_path):
-    glue_runs = load("glue_runs")
-    monkeypatch.setattr(glue_runs, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(glue_runs, "EXPERIMENTS", tmp_path)
-    return glue_runs
+def lists(load, monkeypatch, tmp_path):
+    experiment = load("experiment")
+    monkeypatch.setattr(experiment, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(experiment, "EXPERIMENTS", tmp_path)
+    return experiment
+
+
+@pytest.fixture
+def runner(load, lists):  # noqa: ARG001 (its folders)
+    return load("glue_runs")
 
 
 LIST = """
@@ -347,25 +353,25 @@ densities = [0.01]
 """
 
 
-def outcome(runner, row, rate, seed, held_out):
-    job = runner.Job("list", "sst2", row, 0.01, rate, seed)
+def outcome(lists, row, rate, seed, held_out):
+    job = lists.Job("list", "sst2", row, 0.01, rate, seed)
     scores = {"held_out": {"score": held_out}, "validation": {"score": 0.5}}
-    return {"job": runner.asdict(job), "scores": scores}
+    return {"job": asdict(job), "scores": scores}
 
 
-def test_a_seed_climbs_to_the_best_rate_and_the_others_take_it(runner, tmp_path):
+def test_a_seed_climbs_to_the_best_rate_and_the_others_take_it(lists, tmp_path):
     (tmp_path / "list.toml").write_text(LIST)
-    experiment = runner.Experiment.load("list")
+    experiment = lists.Experiment.load("list")
     results = []
 
     def planned(row="A"):
         jobs = dict.fromkeys(experiment.jobs(results))
         new = [j for j in jobs if j.row == row]
         done = [r["job"] for r in results]
-        return [(j.rate, j.seed) for j in new if runner.asdict(j) not in done]
+        return [(j.rate, j.seed) for j in new if asdict(j) not in done]
 
     def add(rate, held_out, row="A", seed=3):
-        results.append(outcome(runner, row, rate, seed, held_out))
+        results.append(outcome(lists, row, rate, seed, held_out))
 
     assert planned() == [(3e-3, 3), (1e-2, 3), (3e-2, 3)]
     add(1e-2, 0.6)
@@ -387,15 +393,17 @@ def test_a_seed_climbs_to_the_best_rate_and_the_others_take_it(runner, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_runner_writes_a_file_per_run_and_repeats_none(runner, tmp_path, capsys):
+def test_the_runner_writes_a_file_per_run_and_repeats_none(
+    runner, lists, tmp_path, capsys
+):
     (tmp_path / "list.toml").write_text(LIST)
     data = write_glue(tmp_path / "glue", "sst2", SENTENCES)
     tiny_checkpoint(tmp_path / "tiny", "bert")
     arguments = ["list", "--data-dir", str(data), "--models", str(tmp_path)]
     runner.main([*arguments, "--minutes", "-1"])
-    assert not runner.load_results("list")
+    assert not lists.load_results("list")
     runner.main(arguments)
-    results = runner.load_results("list")
+    results = lists.load_results("list")
     found = {(r["job"]["row"], r["job"]["rate"], r["job"]["seed"]) for r in results}
     assert {("A", 1e-2, 3), ("A", 3e-3, 3), ("A", 3e-2, 3), ("B", 1e-1, 3)} < found
     assert sum(seed == 4 for _, _, seed in found) == 2
@@ -407,7 +415,7 @@ def test_the_runner_writes_a_file_per_run_and_repeats_none(runner, tmp_path, cap
     assert not capsys.readouterr().out
 
 
-def test_a_killed_worker_costs_no_run(runner, tmp_path, monkeypatch, capsys):
+def test_a_killed_worker_costs_no_run(runner, lists, tmp_path, monkeypatch, capsys):
     (tmp_path / "list.toml").write_text(LIST)
     started = []
 
@@ -430,7 +438,7 @@ def test_a_killed_worker_costs_no_run(runner, tmp_path, monkeypatch, capsys):
             elif job.row == "A" and job.rate == 3e-2:
                 future.set_exception(ValueError("no such thing"))
             else:
-                found = outcome(runner, job.row, job.rate, job.seed, job.rate)
+                found = outcome(lists, job.row, job.rate, job.seed, job.rate)
                 future.set_result({**found, "seconds": {"train": 1.0}})
             return future
 
@@ -444,7 +452,7 @@ def test_a_killed_worker_costs_no_run(runner, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("A worker was killed") == 3
     assert "no such thing" in printed
-    done = {Path(path).stem for path in runner.FOLDER.glob("list/*.json")}
+    done = {Path(path).stem for path in lists.FOLDER.glob("list/*.json")}
     assert done >= {"sst2_b_1_0.1_3", "sst2_b_1_0.1_4", "sst2_a_1_0.01_3"}
 
 
@@ -460,7 +468,7 @@ def flips(pairs):
     return sum(s >= abs(sum(pairs)) - 1e-9 for s in sums) / len(sums)
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("lists")
 def test_differences_are_paired_over_tasks_and_seeds(load):
     glue_table = load("glue_table")
     ours = {("a", 0): 3.0, ("a", 1): 5.0, ("b", 0): 4.0, ("c", 0): 9.0, ("d", 0): 0.0}
@@ -475,74 +483,93 @@ def test_differences_are_paired_over_tasks_and_seeds(load):
     assert found["high"] == pytest.approx(np.mean(pairs) + half)
 
 
-def test_the_tables_show_each_row_at_its_best_rate(runner, load, tmp_path):
+def test_the_tables_show_each_row_at_its_best_rate(lists, load, tmp_path):
     glue_table = load("glue_table")
     (tmp_path / "list.toml").write_text(LIST)
-    experiment = runner.Experiment.load("list")
+    experiment = lists.Experiment.load("list")
 
     def add(task, rate, seed, held_out, score):
-        result = outcome(runner, "A", rate, seed, held_out)
+        result = outcome(lists, "A", rate, seed, held_out)
         result["job"]["task"] = task
-        job = runner.Job(**result["job"])
+        job = lists.Job(**result["job"])
         result["scores"]["validation"]["score"] = score
         facts = {"entries": 7, "rate": rate, "budget": 7, "versions": VERSIONS}
         facts |= {"task": task, "train": 40, "precision": "highest"}
         job.path.parent.mkdir(parents=True, exist_ok=True)
         job.path.write_text(json.dumps({**result, **facts}))
 
+    constants = {"sst2": 0.5, "cola": 0.0, "rte": 0.7}
     for rate, held_out in ((3e-3, 0.1), (1e-2, 0.3), (3e-2, 0.2)):
         for seed in (3, 4):
             add("sst2", rate, seed, held_out, 10 * rate + seed / 100)
-    text = glue_table.score_table(experiment, 0.01, "tiny")
+    text = glue_table.score_table(experiment, 0.01, "tiny", constants)
     assert "| A | 7 | 13.5 ± 0.7 | 0.01 |" in text
+    assert "| a constant answer | 0 | 50.0 |  |" in text
     assert "SST-2 40" in text
     assert "in brackets; accuracy." in text
     assert "| B |" not in text
     add("cola", 1e-2, 3, 0.0, 0.2)
     add("cola", 3e-2, 3, 0.9, 0.9)  # not the rate that the tuning tasks chose
-    text = glue_table.score_table(experiment, 0.01, "tiny")
+    text = glue_table.score_table(experiment, 0.01, "tiny", constants)
     assert "|  | entries | CoLA | SST-2 | mean | rate |" in text
     assert "| A | 7 | 20.0 (1) | 13.5 ± 0.7 | 16.8 | 0.01 |" in text
+    assert "| a constant answer | 0 | 0.0 | 50.0 | 25.0 |  |" in text
     assert "CoLA: Matthews; others: accuracy." in text
+
+
+@pytest.mark.usefixtures("lists")
+def test_a_constant_answer_is_that_of_most_training_labels(load, tmp_path, monkeypatch):
+    constants = load("glue_constants")
+    monkeypatch.setattr(constants, "PATH", tmp_path / "constants.json")
+    splits = {"train": [1, 1, 1, 0, 0], "validation": [0, 0, 0, 1]}
+    for split, labels in splits.items():
+        pairs = {name: ["a"] * len(labels) for name in ("sentence1", "sentence2")}
+        write_glue(tmp_path, "mrpc", {**pairs, "label": labels}, (split,))
+    values = {"sentence1": ["a"] * 3, "sentence2": ["b"] * 3, "label": [0.5, 2.0, 5.0]}
+    write_glue(tmp_path, "stsb", values)
+    constants.main(["--data-dir", str(tmp_path), "--tasks", "mrpc", "stsb"])
+    scores = json.loads((tmp_path / "constants.json").read_text())["scores"]
+    f1 = 2 * 1 / (4 + 1)
+    assert scores == {"mrpc": pytest.approx((f1 + 1 / 4) / 2), "stsb": 0.0}
 
 
 VERSIONS = {"torch": "0", "peft": "0"}
 
 
-def fill(runner, tmp_path):
+def fill(lists, tmp_path):
     """Write the results of two rows at two densities, with selections."""
     (tmp_path / "list.toml").write_text(LIST.replace("1e-1", "1e-2"))
     for row, rate, density, seed in itertools.product(
         "AB", (3e-3, 1e-2, 3e-2), (0.01, 0.001), (3, 4)
     ):
-        job = runner.Job("list", "sst2", row, density, rate, seed)
-        result = outcome(runner, row, rate, seed, 0.5 - abs(rate - 1e-2))
+        job = lists.Job("list", "sst2", row, density, rate, seed)
+        result = outcome(lists, row, rate, seed, 0.5 - abs(rate - 1e-2))
         parts = {
             "layer": {"0": [3, 0.25], "outside": [9, 0.75]},
             "kind": {"q": [12, 1]},
         }
         facts = {"entries": 7, "rate": rate, "budget": 7, "selection": parts}
         job.path.parent.mkdir(parents=True, exist_ok=True)
-        job.path.write_text(json.dumps({**result, **facts, "job": runner.asdict(job)}))
+        job.path.write_text(json.dumps({**result, **facts, "job": asdict(job)}))
 
 
-def test_a_result_of_another_method_is_not_taken(runner, tmp_path):
-    fill(runner, tmp_path)
-    assert len(runner.load_results("list")) == 24
+def test_a_result_of_another_method_is_not_taken(lists, tmp_path):
+    fill(lists, tmp_path)
+    assert len(lists.load_results("list")) == 24
     text = LIST.replace("1e-1", "1e-2")
     (tmp_path / "list.toml").write_text(text.replace('"B" =', '"C" ='))
-    assert len(runner.load_results("list")) == 12
+    assert len(lists.load_results("list")) == 12
     (tmp_path / "list.toml").write_text(text)
     path = sorted((tmp_path / "results" / "list").glob("*.json"))[0]
     content = {**json.loads(path.read_text()), "method": "fish"}
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="was run with method 'fish', but the list"):
-        runner.load_results("list")
+        lists.load_results("list")
 
 
-def test_the_figures_show_every_row(runner, load, tmp_path):
-    fill(runner, tmp_path)
-    results = runner.load_results("list")
+def test_the_figures_show_every_row(lists, load, tmp_path):
+    fill(lists, tmp_path)
+    results = lists.load_results("list")
     with pytest.raises(ValueError, match="no results"):
         load("glue_density").draw([])
     (panel,) = load("glue_density").draw(results).axes
