@@ -123,8 +123,13 @@ def test_cells_are_what_a_schedule_that_ends_there_selects(tmp_path, settings):
 def test_other_methods_select_every_cell_by_themselves(tmp_path, method):
     data = Calibration(make_samples("bert"))
     result = run(tmp_path, Evaluate(), config(method=method, seed=3), data)
-    assert list(result.cells) == CELLS
-    for (samples, density), found in zip(CELLS, result.selections, strict=True):
+    cells = CELLS
+    if method in ("random", "magnitude"):  # samples are nothing to them
+        densities = [density for _, density in CELLS]
+        cells = [c for n, c in enumerate(CELLS) if c[1] not in densities[:n]]
+        assert len(cells) < len(CELLS)
+    assert list(result.cells) == cells
+    for (samples, density), found in zip(cells, result.selections, strict=True):
         alone = IRDConfig(
             task_type="SEQ_CLS", method=method, seed=3, num_samples=samples,
             density=density,

@@ -115,11 +115,23 @@ def test_cells_are_chosen_on_what_is_held_out_and_reported_on_the_rest(
     assert (early.reported is None) == bool(held_out)  # reported at the end only
 
 
+def test_of_several_datasets_the_mean_is_reported(tmp_path):
+    more = toy_task("bert", 110)[80:]
+    parts = {"matched": more[:10], "mismatched": more[10:]}
+    together = stock(tmp_path, parts)
+    alone = [stock(tmp_path, part)(adapted()).reported for part in parts.values()]
+    assert alone[0] != alone[1]
+    assert together(adapted()).reported == pytest.approx(sum(alone) / 2)
+    renamed = stock(tmp_path, {"matched": more[:10], "other": more[10:]})
+    assert renamed.settings()["eval_data"] != together.settings()["eval_data"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"held_out": 0}, "nothing to choose cells on"),
         ({"held_out": None}, "nothing to choose cells on"),
+        ({"held_out": 0, "eval_data": {"a": DATA, "b": DATA}}, "has 'a', 'b'. Pass"),
         ({"held_out": 80}, "below 80"),
         ({"held_out": 1.0}, "below 80"),
         ({"held_out": -0.1}, "`held_out` must be a share"),

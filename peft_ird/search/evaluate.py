@@ -2,9 +2,10 @@
 
 import hashlib
 import math
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class TrainerEvaluate:
     Args:
         training_args: The Trainer's arguments.
         train_dataset: The training set, with a length.
-        eval_dataset: The data to report on.
+        eval_dataset: The data to report on; of several, by name, the mean is
+            reported, as of MNLI's two.
         compute_metrics: As for the Trainer.
         metric: The metric to choose by, with or without "eval_" in front.
         data_collator: As for the Trainer.
@@ -65,8 +67,8 @@ class TrainerEvaluate:
             yes unless its name ends in "loss".
 
     Raises:
-        ValueError: If there is nothing to choose on, or ``held_out`` leaves nothing to
-            train on.
+        ValueError: If there is nothing or more than one dataset to choose on, or
+            ``held_out`` leaves nothing to train on.
     """
 
     training_args: TrainingArguments
@@ -88,6 +90,12 @@ class TrainerEvaluate:
                 "There is nothing to choose cells on: pass `held_out`, a share of "
                 "`train_dataset`, or an `eval_dataset`."
             )
+        if not self.held_out and isinstance(self.eval_dataset, Mapping):
+            raise ValueError(
+                "Cells cannot be chosen on several datasets, but `eval_dataset` has "
+                f"{', '.join(map(repr, self.eval_dataset))}. Pass one of them, or "
+                "choose on a part of `train_dataset`, by `held_out`."
+            )
         if self.greater_is_better is None:
             self.greater_is_better = self._is_greater_better()
         self.positions()
@@ -108,14 +116,12 @@ class TrainerEvaluate:
         """Return what the outcome depends on, as far as it can be told."""
         plain = ("metric", "held_out", "seed", "patience", "threshold")
         arguments = self.training_args.to_dict()
-        sets = {"train_data": self.train_dataset, "eval_data": self.eval_dataset}
+        shown = {name: Calibration(d).digest() for name, d in self._shown().items()}
         return {
             **{name: getattr(self, name) for name in plain},
             "greater_is_better": self.greater_is_better,
-            **{
-                name: None if data is None else Calibration(data).digest()
-                for name, data in sets.items()
-            },
+            "train_data": Calibration(self.train_dataset).digest(),
+            "eval_data": shown.get("", shown or None),
             "training_args": {k: v for k, v in arguments.items() if k not in _INERT},
         }
 
@@ -199,14 +205,25 @@ class TrainerEvaluate:
         ).metrics
         value = named_metric(metrics, self.metric)
         reported: float | None = None if self.held_out else value
-        if is_last and self.held_out and self.eval_dataset is not None:
-            on_eval = trainer.predict(self.eval_dataset, metric_key_prefix="eval")
-            reported = named_metric(on_eval.metrics, self.metric)
+        if is_last and self.held_out and self._shown():
+            found = [
+                named_metric(
+                    trainer.predict(rows, metric_key_prefix="eval").metrics, self.metric
+                )
+                for rows in self._shown().values()
+            ]
+            reported = statistics.mean(found)
         seconds = time.perf_counter() - start
         score = value if self.greater_is_better else -value
         # A metric that counts is still at chance when the loss tells cells apart.
         promise = -metrics["eval_loss"] if "eval_loss" in metrics else None
         return Outcome(score, reported, seconds, steps, metrics, stopped, promise)
+
+    def _shown(self) -> Mapping[str, Any]:
+        """Return the datasets to report on, by name; a single one has none."""
+        if self.eval_dataset is None or isinstance(self.eval_dataset, Mapping):
+            return self.eval_dataset or {}
+        return {"": self.eval_dataset}
 
     def _trainer(self, model: nn.Module, folder: Path, best: BestWeights) -> Trainer:
         held_out = self.positions()[1]

@@ -23,6 +23,8 @@ def find_cells(
 ) -> tuple[Cell, ...]:
     """Return the cells that the config's schedule walks, whatever its method.
 
+    A method without data has one cell for each density: samples are nothing to it.
+
     Args:
         model: The base model.
         config: The configuration; it is not changed.
@@ -42,7 +44,13 @@ def find_cells(
     walked = copy.copy(config)
     walked.method = WALKED[0]
     available = sys.maxsize if calibration is None else len(calibration)
-    return planned_cells(candidates, available, k, walked)
+    cells = planned_cells(candidates, available, k, walked)
+    if config.needs_data:
+        return cells
+    first: dict[float, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.density, cell)
+    return tuple(first.values())
 
 
 def cell_config(config: IRDConfig, cells: Sequence[Cell], number: int) -> IRDConfig:
