@@ -1,6 +1,7 @@
 """Tell PEFT about the tuner: the only file that touches its registries and privates."""
 
 from contextlib import nullcontext
+from functools import wraps
 from typing import Any, Union
 
 import peft.mixed_model
@@ -80,14 +81,16 @@ class _MixedModel(MixedModel):  # type: ignore[misc]
         return self._tuner(config)._check_target_module_exists(config, key)
 
 
+_write = peft.peft_model.safe_save_file
+_save_file_of_peft = getattr(_write, "__wrapped__", _write)  # of a module reloaded
+
+
+@wraps(_save_file_of_peft)
 def _save_file(tensors: dict[str, Tensor], filename: str, **kw: Any) -> None:
     """Write weights as PEFT does; those with deltas appear once they are complete."""
     has_deltas = any(PREFIX in name for name in tensors)
     with replacing(filename) if has_deltas else nullcontext(filename) as place:
         _save_file_of_peft(tensors, place, **kw)
-
-
-_save_file_of_peft = peft.peft_model.safe_save_file
 
 
 def register(config_cls: type, model_cls: type, layer_cls: type) -> None:

@@ -13,7 +13,24 @@ from peft_ird.sparse.delta import check_indices, index_dtype
 from peft_ird.sparse.fingerprint import differs, fingerprint
 from peft_ird.sparse.support import Support
 
-__all__ = ["Holding", "device_of"]
+__all__ = ["Codes", "Holding", "device_of"]
+
+
+class Codes(BufferDict):  # type: ignore[misc]
+    """The codes of adapters that have not been read yet.
+
+    A state dict has the codes of all adapters, and `torch.distributed.checkpoint` looks
+    each of its keys up in the module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+        self.read: set[str] = set()  # adapters whose codes are made when they are saved
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("read", ()):
+            return torch.empty(0, dtype=torch.uint8)
+        return super().__getattr__(name)
 
 
 class Holding(Merging):
@@ -24,7 +41,7 @@ class Holding(Merging):
     from then on the code is there only while it is saved or loaded.
     """
 
-    irdelta_coded: Any  # adapter -> code of all its indices, uint8; until it is read
+    irdelta_coded: Codes  # adapter -> code of all its indices, uint8; until it is read
     irdelta_indices: Any  # the same as [k] per parameter; read it by `_indices`
     _unchecked: set[str]
     _fingerprints: dict[str, Mapping[str, str]]
@@ -57,6 +74,7 @@ class Holding(Merging):
         weights = map(self._base_parameter, self.entry_counts(adapter))
         device = next((device_of(weight) for weight in weights), None)
         blank = torch.full((size,), 255, dtype=torch.uint8, device=device)
+        self.irdelta_coded.read.discard(adapter)
         self.irdelta_coded[adapter] = blank
         self._unchecked.add(adapter)
 
@@ -66,21 +84,30 @@ class Holding(Merging):
         self._unchecked.discard(adapter)
         if adapter in self.irdelta_coded:
             del self.irdelta_coded[adapter]
+        self.irdelta_coded.read.add(adapter)
         self._find_supports(adapter)
 
     def _forget(self, adapter: str) -> None:
         """Drop what is known of an adapter that is no longer held."""
         self._unchecked.discard(adapter)
+        self.irdelta_coded.read.discard(adapter)
         for known in (self._supports, self._fingerprints, self._numels):
             known.pop(adapter, None)
 
     def _codes(self) -> dict[str, Tensor]:
         """Return the codes of the adapters whose indices are plain."""
         return {
-            adapter: pack(dict(plain.items()), self._numels[adapter])
+            adapter: self._code(dict(plain.items()), self._numels[adapter])
             for adapter, plain in self.irdelta_indices.items()
             if adapter not in self.irdelta_coded
         }
+
+    def _code(self, plain: Mapping[str, Tensor], numels: Mapping[str, int]) -> Tensor:
+        """Return indices as one code; on the meta device, its size is all there is."""
+        if any(indices.is_meta for indices in plain.values()):
+            size = packed_size({name: len(at) for name, at in plain.items()}, numels)
+            return torch.empty(size, dtype=torch.uint8, device="meta")
+        return pack(plain, numels)
 
     def _indices(self, adapter: str) -> dict[str, Tensor]:
         """Return an adapter's sorted flat positions per parameter. Shape ``[k]``."""
@@ -173,6 +200,18 @@ class Holding(Merging):
                 check_indices(indices, self._base_parameter(name).numel(), name)
         self._unchecked.discard(adapter)
         self._find_supports(adapter)
+
+    def _support(self, adapter: str, name: str) -> Support | None:
+        """Return the rows and columns in use of a matrix, where its indices are.
+
+        FSDP and accelerate move buffers one by one, of which nobody is told.
+        """
+        support = self._supports.get(adapter, {}).get(name)
+        device = self.irdelta_indices[adapter][name].device
+        if support is not None and support.rows.device != device:
+            self._find_supports(adapter)
+            support = self._supports[adapter][name]
+        return support
 
     def _find_supports(self, adapter: str) -> None:
         found = {}

@@ -2,14 +2,16 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Size, Tensor, nn
 
 from peft_ird.config import IRDConfig
 from peft_ird.kinds import wrap
 from peft_ird.layer import IRDLayer
+from peft_ird.merging import is_low_precision
 from peft_ird.sparse.storage import plain_name
 from peft_ird.targets import base_model, base_modules
 
@@ -151,12 +153,9 @@ def resize(
     base = base_model(model)
     layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
     active = layers[0].active_adapters if layers else [adapter_name]
-    trainable = any(
-        p.requires_grad
-        for layer in layers
-        if isinstance(layer, IRDLayer) and adapter_name in layer.irdelta_values
-        for p in layer.irdelta_values[adapter_name].parameters()
-    )
+    before = list(adapter_values(base, adapter_name))
+    trainable = any(values.requires_grad for values in before)
+    is_raised = any(values.dtype == torch.float32 for values in before)
     for layer in layers:
         if isinstance(layer, IRDLayer):
             layer.drop_entries(adapter_name)
@@ -166,4 +165,14 @@ def resize(
         target = base.get_submodule(name)
         layer = install(base, config, adapter_name, target, name)
         layer.set_adapter(active, inference_mode=not trainable)
+    for values in adapter_values(base, adapter_name):
+        if is_raised and is_low_precision(values):  # as PEFT does when it injects
+            values.data = values.data.float()
     share_tied(base)
+
+
+def adapter_values(model: nn.Module, adapter_name: str) -> Iterator[nn.Parameter]:
+    """Yield the values of an adapter, layer by layer."""
+    for layer in model.modules():
+        if isinstance(layer, IRDLayer) and adapter_name in layer.irdelta_values:
+            yield from layer.irdelta_values[adapter_name].parameters()

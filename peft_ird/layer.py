@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_ird._registration import BufferDict
-from peft_ird.holding import Holding, device_of
+from peft_ird.holding import Codes, Holding, device_of
 from peft_ird.merging import Rounding
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
@@ -38,7 +37,7 @@ class IRDLayer(nn.Module, Holding):
         super().__init__()
         self.base_layer = base_layer
         self.irdelta_values: Any = nn.ModuleDict()  # adapter -> parameter -> values [k]
-        self.irdelta_coded: Any = BufferDict(persistent=True)  # adapter -> code to read
+        self.irdelta_coded = Codes()
         self.irdelta_indices: Any = nn.ModuleDict()  # the same, adapter -> parameter
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
@@ -145,7 +144,7 @@ class IRDLayer(nn.Module, Holding):
             self._indices(adapter_name)[name],
             self.irdelta_values[adapter_name][name],
             self._base_parameter(name).shape,
-            self._supports.get(adapter_name, {}).get(name),
+            self._support(adapter_name, name),
         )
 
     def _base_parameter(self, name: str) -> Tensor:

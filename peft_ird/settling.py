@@ -13,7 +13,13 @@ from peft_ird.layer import IRDLayer
 from peft_ird.record import check_base, provenance
 from peft_ird.sparse.coding import pack
 from peft_ird.sparse.storage import CODED, VALUES, Entries, entry_counts, plain_name
-from peft_ird.targets import is_in_head, resolve_targets, select_parameters
+from peft_ird.targets import (
+    base_model,
+    base_modules,
+    is_in_head,
+    resolve_targets,
+    select_parameters,
+)
 
 __all__ = ["fitted", "same_names", "settle"]
 
@@ -40,6 +46,7 @@ def settle(
         counts = config.nnz_pattern
         shapes = parameter_shapes(model, counts)
         _check_shapes(shapes, config.shape_pattern or {})
+        _check_types(model, counts)
         if config._entries is not None and not config.ignore_base_mismatch:
             check_base(model, config._entries, config.fingerprint or {})
         # The file's tensors are as large as these shapes say; rows may have been added.
@@ -128,6 +135,20 @@ def _check_shapes(shapes: Shapes, expected: Mapping[str, Mapping[str, Any]]) -> 
                     f"The adapter was made for another base model: its "
                     f"'{module}.{name}' has shape {list(shape)}, here it is {found}. "
                     "Load the base model that adapter_config.json names."
+                )
+
+
+def _check_types(model: nn.Module, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Refuse what has the shape of the weights but holds them in integers."""
+    modules = dict(base_modules(base_model(model)))
+    for module, names in counts.items():
+        for name in names:
+            dtype = getattr(modules[module], name).dtype
+            if not dtype.is_floating_point:
+                raise ValueError(
+                    f"'{module}' is quantised (its '{name}' is {dtype}); deltas belong "
+                    "to floating-point weights. Load the base model in bfloat16, or "
+                    "merge the adapter and quantise what comes of it."
                 )
 
 

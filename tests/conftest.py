@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -26,6 +27,8 @@ from transformers import (
 
 VOCABULARY = 40
 torch.set_num_threads(1)  # the models are too small to share
+settings.register_profile("unhurried", deadline=None)  # other work may be beside
+settings.load_profile("unhurried")
 
 
 def bert_config(**kwargs: Any) -> BertConfig:

@@ -318,6 +318,14 @@ def refused_to_load(folder, message, model=None):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def test_a_base_in_integers_of_the_same_shape(saved):
+    model = make_model("bert")
+    dense = model.bert.encoder.layer[1].output.dense
+    dense.weight = nn.Parameter(dense.weight.to(torch.int8), requires_grad=False)
+    message = "'bert.encoder.layer.1.output.dense' is quantised .* torch.int8"
+    refused_to_load(saved, message, model)
+
+
 def change_weights(folder, change):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)

@@ -32,7 +32,7 @@ def sets_of_indices(draw):
     return sorted(draw(found)), numel
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(sets_of_indices())
 @example(([0, 2**31 - 1], 2**31))
 @example(([2**33 - 1], 2**33))
@@ -51,7 +51,6 @@ def test_the_code_is_that_of_the_loop_and_can_be_decoded(problem):
     assert found.dtype == (torch.int32 if numel < 2**31 else torch.int64)
 
 
-@settings(deadline=None)
 @given(st.lists(sets_of_indices(), max_size=4))
 def test_a_module_is_the_codes_of_its_parameters(problems):
     named = {f"p{i}": problem for i, problem in enumerate(problems)}
@@ -78,7 +77,6 @@ def test_more_than_half_takes_a_bit_per_position():
     assert coded_size(1000, 1000) == 0
 
 
-@settings(deadline=None)
 @given(sets_of_indices(), st.data())
 def test_a_changed_bit_never_gives_indices_that_break_the_rules(problem, data):
     indices, numel = problem

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -365,3 +366,20 @@ def test_a_module_held_by_two_parents_is_replaced_in_both():
     unloaded = model.unload()
     assert unloaded.a is unloaded.b[0]
     assert isinstance(unloaded.a, nn.Linear)
+
+
+def test_a_support_that_was_left_behind_is_found_again():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8))
+    settings = IRDConfig(
+        target_modules=["0"], density=0.1, method="random", init_weights=False
+    )
+    model = get_peft_model(base, settings)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    (layer,) = (m for m in model.modules() if isinstance(m, IRDLayer))
+    support = layer._supports["default"]["weight"]
+    away = [part.to("meta") for part in (support.rows, support.columns)]
+    moved = replace(support, rows=away[0], columns=away[1])
+    layer._supports["default"]["weight"] = moved  # as if the indices had gone alone
+    assert torch.equal(model(x), expected)

@@ -19,6 +19,7 @@ from peft import (
 )
 from peft.utils import PeftType
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.testing import assert_close
 
 from peft_ird import IRDConfig, IRDModel, select_parameters
@@ -507,6 +508,29 @@ def test_a_resized_adapter_is_trainable_and_logged(name, caplog):
     assert not any(
         p.requires_grad for n, p in model.named_parameters() if "base_layer" in n
     )
+
+
+def test_a_resized_adapter_stays_in_float32(name):
+    state_dict = get_peft_model_state_dict(adapted(name))
+    assert state_dict
+    model = get_peft_model(make_model(name).bfloat16(), config(name, seed=3))
+    set_peft_model_state_dict(model, state_dict)
+    loaded = get_peft_model_state_dict(model)
+    for key, tensor in state_dict.items():
+        if "irdelta_values" in key:
+            assert loaded[key].dtype == torch.float32
+            assert torch.equal(loaded[key], tensor)
+
+
+def test_a_distributed_state_dict_names_what_the_model_has(name):
+    model = adapted(name)
+    expected = model.state_dict()
+    found = get_model_state_dict(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    shapes = {key: tensor.shape for key, tensor in expected.items()}
+    on_meta = model.to("meta").state_dict()
+    assert {key: tensor.shape for key, tensor in on_meta.items()} == shapes
 
 
 def test_low_cpu_mem_usage(name, tmp_path):

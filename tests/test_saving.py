@@ -1,6 +1,7 @@
 """An adapter on disk: what is in it, and every way back."""
 
 import copy
+import importlib
 import json
 import pickle
 import subprocess
@@ -220,6 +221,15 @@ def test_other_tuners_are_written_as_peft_writes_them(tmp_path, monkeypatch):
     assert written == [tmp_path / "adapter_model.safetensors"]
 
 
+def test_a_reloaded_module_still_writes(tmp_path):
+    write = _registration._save_file_of_peft
+    importlib.reload(_registration)
+    assert _registration._save_file_of_peft is write
+    lora = get_peft_model(make_model("bert"), LoraConfig(task_type="SEQ_CLS"))
+    lora.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_the_model_card_says_what_to_import(trained):
     folder, _ = trained
     card = (folder / "adapter" / "README.md").read_text()
@@ -299,7 +309,6 @@ def test_a_loaded_adapter_goes_on_training(name, trained):
 
 
 @settings(
-    deadline=None,
     max_examples=15,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -21,7 +21,10 @@ from peft_ird import (
     TrainerEvaluate,
     search,
 )
+from peft_ird.search.halving import Rung, survivors
+from peft_ird.search.outcome import CellRecord
 from peft_ird.search.stopping import BestWeights
+from peft_ird.selection.schedule import Cell
 from tests.conftest import make_model
 from tests.test_trainer import arguments, toy_task
 
@@ -335,6 +338,16 @@ def test_rungs_stay_within_the_cost(cells, eta, cost, total):
     assert spent <= cost * total
     counts = [rung.cells for rung in rungs]
     assert all(-(-n // eta) == m for n, m in pairwise(counts))
+
+
+def test_a_cell_whose_loss_is_not_a_number_does_not_go_on():
+    promises = (-0.7, float("nan"), -0.2)
+    records = [
+        CellRecord(Cell(n, 0.1), 1, (Outcome(0.9, promise=promise),))
+        for n, promise in enumerate(promises)
+    ]
+    assert survivors(records, [Rung(3, 1), Rung(1, 2)]) == [2]
+    assert survivors(records[:2], [Rung(2, 1), Rung(1, 2)]) == [0]
 
 
 def test_seven_cells_are_trained_a_tenth_then_three_tenths():

@@ -1,5 +1,6 @@
 """What the evaluation of a cell comes to, and what an evaluation is."""
 
+import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -144,6 +145,8 @@ class CellRecord:
         """
         outcome = self.outcomes[rung]
         value = outcome.score if outcome.promise is None else outcome.promise
+        if math.isnan(value):  # it compares with nothing
+            value = -math.inf
         return value, *self.merit(rung)[1:]
 
     def merit(self, rung: int = -1) -> tuple[float, float, int]:

@@ -294,9 +294,10 @@ class FisherEstimator:
         return torch.tensor([s.length or 1 for s in loaded], dtype=torch.float64)
 
     def _where(self, entries: Sequence[Tensor]) -> dict[int, Where]:
+        pairs = enumerate(zip(entries, self.pool.parameters, strict=True))
         return {
-            part: Where(flat, self.pool.parameters[part].shape)
-            for part, flat in enumerate(entries)
+            part: Where(flat.to(parameter.device), parameter.shape)
+            for part, (flat, parameter) in pairs
             if flat.numel()
         }
 

@@ -112,7 +112,8 @@ class Engine:
         misfits: frozenset[int] = frozenset()
         together = [part for part in parts if part not in outcome.alone]
         alone = [part for part in parts if part in outcome.alone]
-        self._replay(samples, together, statistic)
+        with self._raising_together():
+            self._replay(samples, together, statistic)
         rest = [s for s in samples if s not in self._kept_positions]
         total = len(rest) * bool(together) + len(samples) * bool(alone)
         if not total:  # on all processes alike

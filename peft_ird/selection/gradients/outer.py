@@ -281,12 +281,14 @@ def _spans(live: Tensor) -> list[tuple[int, int]]:
 
 
 def _is_wide(device: torch.device) -> bool:
-    return device.type == "cuda"
+    return device.type != "cpu"
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """Return L^T R of each sample in float32 or better. Shape ``[n, o, i]``."""
-    if left.is_cuda and left.dtype in {torch.bfloat16, torch.float16}:
+    halves = {torch.bfloat16, torch.float16}
+    # Under autocast the two may differ: outputs are low, inputs may be float32.
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in halves:
         return torch.bmm(left.transpose(1, 2), right, out_dtype=torch.float32)
     return torch.bmm(_computable(left).transpose(1, 2), _computable(right))
 
