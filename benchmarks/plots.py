@@ -42,8 +42,8 @@ class Picture:
 
     Args:
         name: Name of the PNG, without the ending.
-        results: Names of the JSON files that it shows, without the ending; of a
-            folder with "/*", for the list of all that is in it.
+        results: Names of the JSON files that it shows, without the ending; one with
+            "*" or "[...]" stands for the list of all that it matches.
         drawn: Takes the content of each of ``results`` and returns the figure.
         code: The modules that it needs beside its own.
     """
@@ -57,7 +57,7 @@ class Picture:
         """Read what is drawn."""
         return [
             [read(file) for file in sorted(folder.glob(f"{name}.json"))]
-            if name.endswith("/*")
+            if set(name) & set("*[")
             else read(folder / f"{name}.json")
             for name in self.results
         ]
@@ -94,7 +94,10 @@ SEARCH = ("search-sst2",)
 PICTURES = (
     Picture("glue-budget", ("glue/minilm/*",), glue_budget.draw, GLUE),
     Picture(
-        "quickstart", ("quickstart-largest-0", "quickstart-0"), quickstart_plot.draw
+        "quickstart",
+        ("quickstart-[0-9]", "quickstart-largest-*", "quickstart-random-*"),
+        quickstart_plot.draw,
+        (style,),
     ),
     Picture("sample-alignment", ("sample-alignment",), alignment_plot.draw, (style,)),
     Picture("search", ("search-sst2",), search_study.draw_staircases, (plot_search,)),

@@ -1,8 +1,10 @@
-"""Draw which columns of each matrix the quickstart's selected entries touch."""
+"""Draw what the quickstart's masks come to, and which columns they touch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -11,32 +13,62 @@ from peft_ird.selection.places import layer_order, split_names
 Record = dict[str, Any]
 
 
-def draw(largest: Record, drawn: Record) -> Figure:
-    """Draw the columns in use, by kind of module and layer, of two selections.
+def draw(
+    drawn: Sequence[Record], largest: Sequence[Record], random: Sequence[Record]
+) -> Figure:
+    """Draw accuracies, and the columns in use by kind of module and layer.
 
     Args:
-        largest: The content of a result file; its first run is the selection, here of
-            the largest entries.
-        drawn: That of a selection that draws.
+        drawn: The results of each seed where entries are drawn; LoRA's are there, too.
+        largest: Those of a selection of the largest entries.
+        random: Those of a random mask.
     """
+    figure = Figure(figsize=(11.4, 3.7), layout="constrained")
+    scores, *maps = figure.subplots(1, 3, width_ratios=(2.2, 3, 3))
+    _dots(
+        scores,
+        {
+            "random mask": _accuracies(random, "RANDOM"),
+            "IRD, drawn": _accuracies(drawn, "IRD"),
+            "LoRA": _accuracies(drawn, "LoRA"),
+            "IRD, largest": _accuracies(largest, "IRD"),
+        },
+    )
     panels = {
-        "the largest entries of each matrix": _places(largest),
-        "drawn, the likelier the larger": _places(drawn),
+        "columns in use, drawn, %": _places(drawn[0]),
+        "columns in use, largest, %": _places(largest[0]),
     }
-    split = split_names(_places(largest))
+    split = split_names(_places(largest[0]))
     kinds = list(dict.fromkeys(kind for kind, _ in split.values()))
     layers = sorted({layer for _, layer in split.values()}, key=layer_order)
-    figure = Figure(figsize=(10.4, 3.7), layout="constrained")
-    axes_of = figure.subplots(1, len(panels), sharey=True)
-    for axes, (title, places) in zip(axes_of, panels.items(), strict=True):
+    for axes, (title, places) in zip(maps, panels.items(), strict=True):
         cells = {split[name]: place for name, place in places.items()}
         _heat(axes, [[_percent(cells.get((k, n))) for n in layers] for k in kinds])
         axes.set_xticks(range(len(layers)), layers)
-        axes.set_yticks(range(len(kinds)), kinds)
+        axes.set_yticks(range(len(kinds)), kinds if axes is maps[0] else [])
         axes.set_xlabel("layer")
         axes.set_title(title, loc="left", fontsize=10)
-    figure.suptitle(_title(_places(drawn)), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(_title(_places(drawn[0])), x=0.01, ha="left", fontsize=11)
     return figure
+
+
+def _accuracies(results: Sequence[Record], method: str) -> list[float]:
+    """Return a method's accuracy in percent, one for each seed."""
+    runs = [run for each in results for run in each["runs"]]
+    return [100 * run["after"] for run in runs if run["method"] == method]
+
+
+def _dots(axes: Axes, rows: dict[str, list[float]]) -> None:
+    """Draw a line of seeds for each method, and their mean."""
+    for place, values in enumerate(rows.values()):
+        axes.plot(values, [place] * len(values), "o", color=style.BLUE, alpha=0.6)
+        axes.plot(np.mean(values), place, "|", color="black", markersize=18)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(right=100)
+    axes.set_xlabel("accuracy on new words, %")
+    axes.set_title("seeds and their mean", loc="left", fontsize=10)
+    style.quieten(axes)
 
 
 def _places(results: Record) -> dict[str, Record]:
@@ -69,6 +101,6 @@ def _title(places: dict[str, Record]) -> str:
     entries = sum(place["entries"] for place in places.values())
     weights = sum(place["entries"] / place["density"] for place in places.values())
     return (
-        f"{entries:,} weights chosen by Fisher information, "
-        f"{100 * entries / weights:.1f} % of these matrices: columns with one, %"
+        f"Trained with {entries:,} of a model's own weights, "
+        f"{100 * entries / weights:.1f} % of its linear layers, or a LoRA of that size"
     )

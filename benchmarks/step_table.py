@@ -9,7 +9,7 @@ from titles import TITLES
 from trainees import SPARSE, Trainee
 
 FLOOR_BARS = {"ird": 1.08, "ird-random": 1.25}
-BARS_UP_TO = 0.005  # density
+FLOOR_BARS_UP_TO = 0.005  # density
 PEER_BARS = {"lora-8": 0.97, "shira": 0.8, "supertuning": 0.8, "full": 0.72}
 PEAK_BAR, KEPT_BAR, SWITCH_BAR = 1.0, 0.1, 20.0
 Record = dict[str, Any]
@@ -41,29 +41,43 @@ def table(results: Record) -> str:
     return "\n".join([*head, *lines, "", note, ""])
 
 
+def joined(results: Record, more: Record) -> Record:
+    """Return results with what another run has of other densities, in their order.
+
+    Ratios are those within each run.
+
+    Args:
+        results: The content of a result file.
+        more: That of another one.
+    """
+    others = _speed(more)
+    cells = []
+    for cell in results["speed"]:
+        everyone = {**others.get(cell["shape"], {}), **cell["trainees"]}
+        by_density = sorted(everyone.items(), key=lambda pair: pair[1]["density"] or 0)
+        cells.append({**cell, "trainees": dict(by_density)})
+    return {**results, "speed": cells}
+
+
 def _floor_rows(results: Record) -> Iterator[Row]:
     for cells in _cells(results, "ird", "ird-random"):
         name, density = (cells[0][1][key] for key in ("name", "density"))
-        bar = FLOOR_BARS[name] if density <= BARS_UP_TO else None
+        bar = FLOOR_BARS[name] if density <= FLOOR_BARS_UP_TO else None
         what = f"{TITLES[name]}, {100 * density:g} %"
-        for key, where, most in (
-            ("step", "step", bar),
-            ("passes", "step without optimizer", None),
-        ):
-            values = {
-                shape: row["over"]["floor"][key]
-                for shape, row in cells
-                if "floor" in row["over"]
-            }
-            if values:
-                title = f"{where}, over a frozen model's passes: {what}"
-                yield _row(title, values, "{:.2f}", most=most)
+        values = {
+            shape: row["over"]["floor"]["step"]
+            for shape, row in cells
+            if "floor" in row["over"]
+        }
+        if values:
+            title = f"step, over a frozen model's passes: {what}"
+            yield _row(title, values, "{:.2f}", most=bar)
 
 
 def _peer_rows(results: Record) -> Iterator[Row]:
-    for cells in _cells(results, "ird"):
-        density = cells[0][1]["density"]
-        for other in TITLES:
+    for cells in _cells(results, "ird", "ird-random"):
+        name, density = (cells[0][1][key] for key in ("name", "density"))
+        for other in TITLES if name == "ird" else ("lora-8",):
             if other.startswith(("ird", "floor")):
                 continue
             key = other
@@ -71,9 +85,10 @@ def _peer_rows(results: Record) -> Iterator[Row]:
                 key = Trainee(other, density).label
             values = {s: r["over"][key]["step"] for s, r in cells if key in r["over"]}
             if values:
-                title = f"step, IRD, {100 * density:g} %, over {TITLES[other]}"
-                bar = PEER_BARS.get(other) if density <= BARS_UP_TO else None
-                yield _row(title, values, "{:.2f}", most=bar)
+                title = (
+                    f"step, {TITLES[name]}, {100 * density:g} %, over {TITLES[other]}"
+                )
+                yield _row(title, values, "{:.2f}", most=PEER_BARS.get(other))
 
 
 def _kept_rows(results: Record) -> Iterator[Row]:

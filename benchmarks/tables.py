@@ -154,11 +154,13 @@ def topk_rows(results: Run, columns: int) -> list[str]:
     return found
 
 
-def step_table_or_none() -> str:
-    """Return what a training step costs, or that nobody has measured it."""
-    if not (RESULTS / "step.json").exists():
-        return "Not measured yet; run `python benchmarks/step.py`.\n"
-    return step_table.table(read("step"))
+def steps_table() -> str:
+    """Return what a training step costs; the densities at the ends ran by themselves.
+
+    ``step.py --densities 0.0002 0.025 --parts speed --output .../step-densities.json``
+    """
+    results = step_table.joined(read("step"), read("step-densities"))
+    return step_table.table(results)
 
 
 def options_table() -> str:
@@ -190,7 +192,7 @@ def scores_on(name: str, label: str) -> str:
 def glue_differences() -> str:
     """Return what IRD and its variants gain over the others."""
     experiment = Experiment.load("minilm")
-    ours = ["IRD", "IRD, drawn", "IRD, drawn, t = 4"]
+    ours = ["IRD", "IRD, drawn", "IRD, drawn, t = 4", "random mask"]
     others = ["IRD", "FISH Mask", "random mask", "LoRA, equal budget"]
     return glue_table.difference_table(experiment, 0.001, ours, others)
 
@@ -207,7 +209,7 @@ TABLES = {
     "search": search_table,
     "quickstart": quickstart_table,
     "selection": selection_table,
-    "step": step_table_or_none,
+    "step": steps_table,
     "options": options_table,
     "files": files_table,
 }

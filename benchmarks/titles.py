@@ -2,7 +2,7 @@
 
 TITLES = {
     "floor": "frozen model",
-    "ird": "IRD",
+    "ird": "IRD, clustered mask",
     "ird-random": "IRD, random mask",
     "lora-1": "LoRA, r = 1",
     "lora-8": "LoRA, r = 8",

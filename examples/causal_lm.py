@@ -100,6 +100,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--method", default="ird", help="how IRDConfig chooses weights")
     add("--density", type=float, default=0.01, help="share of the linear weights")
     add("--scope", default="global", help="'global', 'per_module' or 'balanced' budget")
+    add("--temperature", type=float, default=0.0, help="0 takes the largest entries; "
+        "above, they are drawn within --scope")  # fmt: skip
     add("--num-samples", type=int, default=32, help="blocks that IRD starts from")
     add("--lora", type=int, nargs="?", const=1, help="rank of a LoRA to train as well; "
         "its number of parameters takes the place of --density")  # fmt: skip
@@ -182,6 +184,7 @@ class Lesson:
             density=None if budget else self.options.density,
             target_modules="all-linear",
             scope=self.options.scope,
+            temperature=self.options.temperature,
             calibration=Calibration(self.train),
             num_samples=min(self.options.num_samples, len(self.train)),
             seed=self.options.seed,

@@ -65,10 +65,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--rank", type=int, default=2, help="of LoRA; it sets the budget of both")
     add("--ird-method", default="ird", help="method of IRDConfig")
-    add("--ird-options", type=json.loads, default={"scope": "per_module"},
-        help="further options of IRDConfig, as JSON",
+    add("--ird-options", type=json.loads, help="further options of IRDConfig, as JSON",
+        default={"scope": "per_module", "temperature": 4.0},
     )  # fmt: skip
-    add("--ird-lrs", type=float, nargs="+", default=[3e-3, 1e-2], help="to choose from")
+    add("--ird-lrs", type=float, nargs="+", default=[1e-2, 3e-2], help="to choose from")
     add("--lora-lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     add("--output-dir", default="comparison-output")
     options, common = parser.parse_known_args(argv)

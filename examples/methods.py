@@ -23,7 +23,7 @@ from peft_ird.targets import find_candidates, is_in_head
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from diff_pruning import prune
 
-__all__ = ["METHODS", "Plan", "base_size", "built"]
+__all__ = ["METHODS", "RATES", "Plan", "base_size", "built"]
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,23 @@ def _default_targets(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+# They differ by two orders of magnitude between methods, and somewhat between tasks.
+RATES = {
+    "ird": 1e-2,
+    "reverse_ird": 1e-2,
+    "fish": 1e-2,
+    "gradient": 1e-2,
+    "magnitude": 1e-2,
+    "random": 3e-2,
+    "bias": 3e-3,
+    "diff_pruning": 1e-3,
+    "lora": 3e-3,
+    "lora-everywhere": 3e-3,
+    "shira": 3e-2,
+    "supertuning": 1e-2,
+    "full": 1e-4,
+    "head-only": 3e-3,
+}
 METHODS: dict[str, Callable[[nn.Module, Plan], Built]] = {
     **{
         name: partial(ird, method=name)

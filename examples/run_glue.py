@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 import torch
 from glue import GLUE, GlueTask
-from methods import METHODS, Built, Plan, base_size, built
+from methods import METHODS, RATES, Built, Plan, base_size, built
 from metrics import SCORES, GlueMetric
 from quickstart import packaged_minilm, peak_memory
 from tasks import load_tokenizer, quieten_libraries
@@ -80,7 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--budget", type=int, help="entries to train, instead of --density")
     add("--rank", type=int, help="of LoRA; None for the one that fits the budget")
     add("--options", type=json.loads, default={}, help="of IRDConfig, as JSON")
-    add("--lr", type=float, default=5e-3, help="learning rate, of the head as well")
+    add("--lr", type=float, help="learning rate, of the head as well; None: the one "
+        "that the method began to look for its best at, on MiniLM")  # fmt: skip
     add("--epochs", type=float, default=3.0)
     add("--batch-size", type=int, default=32, help="of each process")
     add("--max-length", type=int, help="tokens; None for the task's")
@@ -94,6 +95,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save", action="store_true", help="keep the adapter")
     options = parser.parse_args(argv)
     options.model = options.model or packaged_minilm()
+    options.lr = options.lr or RATES[options.method]
     return options
 
 

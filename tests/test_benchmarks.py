@@ -72,8 +72,19 @@ def test_the_step_table_has_every_contestant_and_what_is_refused(step, tmp_path)
     assert bert["floor"]["kept"] < bert["lora-8"]["kept"]
     assert bert["ird 0.5 %"]["state_bytes"]["all"] >= 4 * 4
     table = step.table(results)
-    assert "| step, IRD, 0.5 %, over SHiRA |" in table
+    assert "| step, IRD, clustered mask, 0.5 %, over SHiRA |" in table
     assert "times faster to activate another than LoRA" in table
+    step_table = importlib.import_module("step_table")
+    only = ["floor", "ird", "lora-8"]
+    step.main([
+        *shapes, "--parts", "speed", "--densities", "0.02", "--only", *only,
+        "--output", str(tmp_path / "more.json"),
+    ])  # fmt: skip
+    more = json.loads((tmp_path / "more.json").read_text("utf-8"))
+    both = step_table.joined(results, more)
+    assert set(both["speed"][0]["trainees"]) == {*bert, "ird 2 %"}
+    assert both["speed"][0]["trainees"]["floor"] == bert["floor"]
+    assert "| step, IRD, clustered mask, 2 %, over LoRA, r = 8 |" in step.table(both)
     plot = importlib.import_module("step_plot")
     plot.draw(results).savefig(tmp_path / "step.png")
 

@@ -315,6 +315,14 @@ def test_diff_pruning_keeps_the_largest_changes_and_leaves_the_model_as_new(load
             assert source[flat.long()].equal(changes[module][name])
 
 
+def test_every_method_has_a_rate_to_begin_with(load):
+    run_glue = load("run_glue")
+    for method in load("methods").METHODS:
+        given = ["--task", "rte", "--model", "m", "--method", method]
+        assert 1e-5 < run_glue.parse_arguments(given).lr < 1e-1
+    assert run_glue.parse_arguments([*given, "--lr", "0.5"]).lr == 0.5
+
+
 # ---- experiments
 
 
@@ -479,6 +487,13 @@ def test_differences_are_paired_over_tasks_and_seeds(load):
     assert found["mean"] == pytest.approx((2.0 - 1.0 + 7.0) / 3)
     assert (found["not_worse"], found["tasks"]) == (2, 3)
     assert found["p"] == pytest.approx(flips(pairs))
+    assert found["p_tasks"] == pytest.approx(flips([2.0, -1.0, 7.0]))
+    assert found["without"] == pytest.approx(np.mean(pairs))
+    worse = {**ours, ("wnli", 0): 0.0}, {**theirs, ("wnli", 0): 90.0}
+    found = glue_table.compared(*worse)
+    assert found["mean"] == pytest.approx((2.0 - 1.0 + 7.0 - 90.0) / 4)
+    assert found["without"] == pytest.approx(np.mean(pairs))
+    found = glue_table.compared(ours, theirs)
     half = stats.t.ppf(0.975, 2) * np.std(pairs, ddof=1) / math.sqrt(3)
     assert found["high"] == pytest.approx(np.mean(pairs) + half)
 
