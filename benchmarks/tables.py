@@ -193,7 +193,8 @@ def glue_differences() -> str:
     """Return what IRD and its variants gain over the others."""
     experiment = Experiment.load("minilm")
     ours = ["IRD", "IRD, drawn", "IRD, drawn, t = 4", "random mask"]
-    others = ["IRD", "FISH Mask", "random mask", "LoRA, equal budget"]
+    loras = ["LoRA, equal budget", "LoRA, all linear layers, r = 1"]
+    others = ["IRD", "FISH Mask", "random mask", *loras]
     return glue_table.difference_table(experiment, 0.001, ours, others)
 
 
