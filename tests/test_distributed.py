@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from peft_ird import Calibration, IRDConfig, select_parameters
 from peft_ird.selection.gradients.ranks import Ranks
+from peft_ird.selection.gradients.statistics import Scores
 from tests.conftest import make_model, make_samples, task_type
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -119,9 +120,26 @@ def overflowing():
     return facts(selection)
 
 
+def replayed(rank):
+    """What a process says to an error of one of them over gradients that are kept."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    config = IRDConfig(task_type="SEQ_CLS", density=0.02, num_samples=12)
+    data = Calibration(make_samples("bert", 12), batch_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(Scores, "update", fail)
+        with pytest.raises((RuntimeError, ValueError), match="out of mem") as caught:
+            select_parameters(make_model("bert"), config, data)
+    return str(caught.value)
+
+
 def work():
     rank = dist.get_rank()
-    return selections(), errors(rank), differences(rank), overflowing()
+    heard = errors(rank), replayed(rank)
+    return selections(), heard, differences(rank), overflowing()
 
 
 @pytest.fixture
@@ -144,7 +162,8 @@ def test_every_process_selects_what_one_does_and_hears_of_errors(
     for found, caught, unequal, in_half in everything:
         assert in_half == first[3]
         assert found == alone
-        assert "calibration sample" in caught
+        assert "calibration sample" in caught[0]
+        assert "out of memory" in caught[1]
         for message, fact in zip(unequal, DIFFERING, strict=True):
             assert f"the same {fact}, but rank" in message
 

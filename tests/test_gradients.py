@@ -173,6 +173,20 @@ def test_chosen_entries_are_those_of_the_dense_gradient(case, cost, size, wide, 
     assert_close(squares, expected.square().sum(0), **TOL[torch.float64])
 
 
+@given(uses(["outer"]), st.sampled_from([0, math.inf]), few_bytes, st.data())
+def test_entries_are_squared_in_the_block_in_use_or_alone(parts, cost, size, data):
+    (case, *_) = parts
+    flat = places(data, case.shape)
+    kept = subset(data, len(case.gradients))
+    where = Where(flat, case.shape)
+    with constants(_SAMPLED_SHARE=0, _SAMPLED_COST=cost, _TILE_BYTES=size):
+        norms = case.form.squared_norms_at(kept, where)
+        squares = case.form.squares_at(kept, where)
+    expected = case.gradients[kept].flatten(1)[:, flat].square()
+    assert_close(norms, expected.sum(1), **TOL[torch.float64])
+    assert_close(squares, expected.sum(0), **TOL[torch.float64])
+
+
 @given(uses(["outer"]), st.booleans(), st.booleans(), st.data())
 def test_entries_are_sampled_only_where_a_block_of_them_costs_more(
     parts, by_share, dear, data

@@ -118,9 +118,10 @@ class Outer(Entrywise):
         if tokens * (rows + columns) > rows * columns:  # more work than forming g_n
             formed = (left.t() @ right for left, right in map(self.factors, kept))
             return torch.stack([_squared_norm(gradient) for gradient in formed])
-        left, right = self._factors(kept)
-        grams = (torch.bmm(side, side.transpose(1, 2)) for side in (left, right))
-        return next(grams).mul_(next(grams)).sum((1, 2), dtype=torch.float64)
+        left, right = (
+            torch.bmm(side, side.transpose(1, 2)) for side in self._factors(kept)
+        )
+        return left.mul_(right).sum((1, 2), dtype=torch.float64)
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""
@@ -156,7 +157,7 @@ class Outer(Entrywise):
 
     def squared_norms_at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""
-        if self._is_sampled(where) or _is_wide(self.left.device):
+        if not self._is_tiled(where):
             return super().squared_norms_at(rows, where)
         norms = torch.zeros(len(rows), dtype=torch.float64)
         for tile in self._tiles(rows, where):
@@ -168,7 +169,7 @@ class Outer(Entrywise):
 
     def squares_at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""
-        if self._is_sampled(where) or _is_wide(self.left.device):
+        if not self._is_tiled(where):
             return super().squares_at(rows, where)
         found = [_computable(self.left[:0]).new_empty(0)]
         for tile in self._tiles(rows, where):
@@ -177,6 +178,10 @@ class Outer(Entrywise):
                 sums.addcmul_(product, product)
             found.append(sums.view(-1)[tile.places])
         return torch.cat(found)
+
+    def _is_tiled(self, where: Where) -> bool:
+        """Return whether entries are squared before they are read."""
+        return not (_is_wide(self.left.device) or self._is_sampled(where))
 
     def _is_sampled(self, where: Where) -> bool:
         """Return whether single dot products are cheaper than the block in use."""
