@@ -96,18 +96,6 @@ class Experiment:
         known = {key: content.pop(key) for key in _KEYS}
         return cls(name=name, settings=content, **known)
 
-    def cells(self) -> Iterator[tuple[str, str, float]]:
-        """Yield each task, row and density once, in the order of the rounds."""
-        seen = set()
-        for each in self.rounds:
-            rows = each.get("rows", [*self.rows])
-            for density, row, task in itertools.product(
-                each["densities"], rows, each["tasks"]
-            ):
-                if (task, row, density) not in seen:
-                    seen.add((task, row, density))
-                    yield task, row, density
-
     def jobs(self, results: Sequence[Result]) -> Iterator[Job]:
         """Yield what can be run now: rates by the first seed, then the other seeds.
 

@@ -29,7 +29,7 @@ TITLES = {
     "rte": "RTE",
     "wnli": "WNLI",
 }
-ADVERSE = ("wnli",)  # its validation sentences are in the training set, labels flipped
+ADVERSE = ("wnli",)  # most validation sentences are training ones, with other labels
 METRICS = {
     "cola": "Matthews",
     "stsb": "mean of Pearson and Spearman",

@@ -157,7 +157,8 @@ def topk_rows(results: Run, columns: int) -> list[str]:
 def steps_table() -> str:
     """Return what a training step costs; the densities at the ends ran by themselves.
 
-    ``step.py --densities 0.0002 0.025 --parts speed --output .../step-densities.json``
+    ``step.py --densities 0.0002 0.025 --parts speed --only floor ird ird-random lora-8
+    shira supertuning full --output benchmarks/results/step-densities.json``
     """
     results = step_table.joined(read("step"), read("step-densities"))
     return step_table.table(results)

@@ -80,8 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--budget", type=int, help="entries to train, instead of --density")
     add("--rank", type=int, help="of LoRA; None for the one that fits the budget")
     add("--options", type=json.loads, default={}, help="of IRDConfig, as JSON")
-    add("--lr", type=float, help="learning rate, of the head as well; None: the one "
-        "that the method began to look for its best at, on MiniLM")  # fmt: skip
+    add("--lr", type=float, help="learning rate, of the head as well; None: one that "
+        "suits the method on MiniLM")  # fmt: skip
     add("--epochs", type=float, default=3.0)
     add("--batch-size", type=int, default=32, help="of each process")
     add("--max-length", type=int, help="tokens; None for the task's")
@@ -95,7 +95,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save", action="store_true", help="keep the adapter")
     options = parser.parse_args(argv)
     options.model = options.model or packaged_minilm()
-    options.lr = options.lr or RATES[options.method]
+    if options.lr is None:
+        options.lr = RATES[options.method]
     return options
 
 

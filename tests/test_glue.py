@@ -315,11 +315,13 @@ def test_diff_pruning_keeps_the_largest_changes_and_leaves_the_model_as_new(load
             assert source[flat.long()].equal(changes[module][name])
 
 
-def test_every_method_has_a_rate_to_begin_with(load):
-    run_glue = load("run_glue")
-    for method in load("methods").METHODS:
+def test_every_method_has_a_rate_of_its_own(load):
+    run_glue, methods, experiment = map(load, ("run_glue", "methods", "experiment"))
+    assert methods.RATES.keys() == methods.METHODS.keys()
+    for method, rate in methods.RATES.items():
         given = ["--task", "rte", "--model", "m", "--method", method]
-        assert 1e-5 < run_glue.parse_arguments(given).lr < 1e-1
+        assert run_glue.parse_arguments(given).lr == rate
+        assert rate in experiment.LADDER
     assert run_glue.parse_arguments([*given, "--lr", "0.5"]).lr == 0.5
 
 
@@ -493,6 +495,10 @@ def test_differences_are_paired_over_tasks_and_seeds(load):
     found = glue_table.compared(*worse)
     assert found["mean"] == pytest.approx((2.0 - 1.0 + 7.0 - 90.0) / 4)
     assert found["without"] == pytest.approx(np.mean(pairs))
+    more = {("a", 0): 4.0, ("a", 1): 2.0, ("b", 0): -1.0, ("b", 1): -2.0}
+    found = glue_table.compared(more, dict.fromkeys(more, 0.0))
+    assert found["p"] == pytest.approx(flips([*more.values()]))
+    assert found["p_tasks"] == pytest.approx(flips([3.0, -1.5])) != found["p"]
     found = glue_table.compared(ours, theirs)
     half = stats.t.ppf(0.975, 2) * np.std(pairs, ddof=1) / math.sqrt(3)
     assert found["high"] == pytest.approx(np.mean(pairs) + half)
@@ -536,7 +542,7 @@ def test_the_tables_show_each_row_at_its_best_rate(lists, load, tmp_path):
 def test_a_constant_answer_is_that_of_most_training_labels(load, tmp_path, monkeypatch):
     constants = load("glue_constants")
     monkeypatch.setattr(constants, "PATH", tmp_path / "constants.json")
-    splits = {"train": [1, 1, 1, 0, 0], "validation": [0, 0, 0, 1]}
+    splits = {"train": [0, 1, 1, 0, 0], "validation": [0, 0, 0, 1]}
     for split, labels in splits.items():
         pairs = {name: ["a"] * len(labels) for name in ("sentence1", "sentence2")}
         write_glue(tmp_path, "mrpc", {**pairs, "label": labels}, (split,))
@@ -544,8 +550,8 @@ def test_a_constant_answer_is_that_of_most_training_labels(load, tmp_path, monke
     write_glue(tmp_path, "stsb", values)
     constants.main(["--data-dir", str(tmp_path), "--tasks", "mrpc", "stsb"])
     scores = json.loads((tmp_path / "constants.json").read_text())["scores"]
-    f1 = 2 * 1 / (4 + 1)
-    assert scores == {"mrpc": pytest.approx((f1 + 1 / 4) / 2), "stsb": 0.0}
+    f1 = 0.0  # of label 1, which is never the answer
+    assert scores == {"mrpc": pytest.approx((f1 + 3 / 4) / 2), "stsb": 0.0}
 
 
 VERSIONS = {"torch": "0", "peft": "0"}
