@@ -10,9 +10,8 @@ from torch import Size, Tensor, nn
 
 from peft_ird.config import IRDConfig
 from peft_ird.kinds import wrap
-from peft_ird.layer import IRDLayer
+from peft_ird.layer import IRDLayer, layers_of
 from peft_ird.merging import is_low_precision
-from peft_ird.sparse.storage import plain_name
 from peft_ird.targets import base_model, base_modules
 
 __all__ = [
@@ -52,11 +51,8 @@ def parameter_shapes(
 
 def adapter_counts(model: nn.Module, adapter_name: str) -> Counts:
     """Return an adapter's entries per module and parameter, as they are in a model."""
-    found = {
-        plain_name(name): module.entry_counts(adapter_name)
-        for name, module in model.named_modules()
-        if isinstance(module, IRDLayer)
-    }
+    layers = layers_of(model).items()
+    found = {name: layer.entry_counts(adapter_name) for name, layer in layers}
     return {name: counts for name, counts in found.items() if counts}
 
 

@@ -1,6 +1,6 @@
 """The layer that applies sparse deltas to the parameters of a module."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from peft_ird.holding import Codes, Holding, device_of
 from peft_ird.merging import Rounding
+from peft_ird.mixed_batch import BASE, by_sample
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
+from peft_ird.sparse.storage import plain_name
 from peft_ird.substitution import call_with_parameters
+from peft_ird.targets import base_model
 
-__all__ = ["Deltas", "IRDLayer"]
+__all__ = ["Deltas", "IRDLayer", "layers_of"]
 
 _OWN = {"base_layer", "_parameters", "_buffers", "_modules"}
 Deltas = Mapping[str, list[SparseDelta]]
@@ -166,9 +169,28 @@ class IRDLayer(nn.Module, Holding):
             return torch.zeros_like(weight)
         return self._delta(adapter_name, name).to_dense(weight.dtype)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base layer with the deltas of the active adapters."""
-        deltas = self._deltas_in_force()
+    def forward(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Run the base layer with the deltas of the active adapters.
+
+        Args:
+            *args: What the base layer takes.
+            adapter_names: The adapter of each sample, in place of the active ones.
+            **kwargs: What the base layer takes.
+        """
+        if adapter_names is None:
+            return self._run_or_pass(self._deltas_in_force(), *args, **kwargs)
+        found = {name: self._deltas_in_force([name]) for name in {*adapter_names}}
+        names = [name if found[name] else BASE for name in adapter_names]
+        found[BASE] = {}
+
+        def run(name: str, *args: Any, **kwargs: Any) -> Any:
+            return self._run_or_pass(found[name], *args, **kwargs)
+
+        return by_sample(run, names, args, kwargs)
+
+    def _run_or_pass(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
         if not deltas:
             return self.base_layer(*args, **kwargs)
         return self._run(deltas, *args, **kwargs)
@@ -180,15 +202,20 @@ class IRDLayer(nn.Module, Holding):
         }
         return call_with_parameters(self.base_layer, parameters, args, kwargs)
 
-    def _deltas_in_force(self) -> dict[str, list[SparseDelta]]:
-        deltas = self._own_deltas()
+    def _deltas_in_force(
+        self, adapters: Sequence[str] | None = None
+    ) -> dict[str, list[SparseDelta]]:
+        """Return the deltas of adapters, by default the active ones, by parameter."""
+        deltas = self._own_deltas(adapters)
         for name, (owner, owned_name) in self._shared.items():
-            found = owner._own_deltas().get(owned_name)
+            found = owner._own_deltas(adapters).get(owned_name)
             if found:
                 deltas[name] = found
         return deltas
 
-    def _own_deltas(self) -> dict[str, list[SparseDelta]]:
+    def _own_deltas(
+        self, adapters: Sequence[str] | None
+    ) -> dict[str, list[SparseDelta]]:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -196,7 +223,7 @@ class IRDLayer(nn.Module, Holding):
         if self.merged:
             return {}
         deltas: dict[str, list[SparseDelta]] = {}
-        for adapter in self.active_adapters:
+        for adapter in self.active_adapters if adapters is None else adapters:
             if adapter not in self.irdelta_values:
                 continue
             for name, values in self.irdelta_values[adapter].items():
@@ -281,3 +308,16 @@ class IRDLayer(nn.Module, Holding):
 
 def _check_what_was_loaded(layer: IRDLayer, _: Any) -> None:
     layer._check_early()
+
+
+def layers_of(model: nn.Module) -> dict[str, IRDLayer]:
+    """Return a model's layers by the names that their modules have in the base model.
+
+    Args:
+        model: A base model, or PEFT's or the tuner's model around it.
+    """
+    return {
+        plain_name(name): module
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, IRDLayer)
+    }

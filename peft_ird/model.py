@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from peft_ird._registration import PREFIX
+from peft_ird.combining import Combination, add_combined
 from peft_ird.config import IRDConfig
 from peft_ird.injection import (
     adapter_counts,
@@ -24,6 +27,7 @@ from peft_ird.injection import (
 )
 from peft_ird.layer import IRDLayer
 from peft_ird.merging import Rounding, report_rounding
+from peft_ird.mixed_batch import handed_out
 from peft_ird.record import check_base, fingerprints
 from peft_ird.settling import fitted, same_names, settle
 from peft_ird.sparse.storage import (
@@ -193,6 +197,42 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
             self._check_finite(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
         report_rounding(layer.rounding for layer in self._own_layers())
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter made of others; it is frozen, and not active yet.
+
+        It has every entry that one of them has. A module that is trained whole, as a
+        head, is taken over if one adapter alone has it.
+
+        Args:
+            adapters: Names of the adapters.
+            weights: One for each; may be negative.
+            adapter_name: The new adapter.
+            combination_type: The rule, see `Combination`; ``"linear"`` is exact.
+            density: Share of each adapter's entries that the other rules keep.
+            majority_sign_method: ``"total"`` or ``"frequency"``, for those with ties.
+
+        Raises:
+            ValueError: If an argument does not fit; nothing has been changed by then.
+        """
+        rule = Combination(
+            adapters, weights, combination_type, density, majority_sign_method
+        )
+        add_combined(self, adapter_name, rule)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Let ``adapter_names`` of a call reach the layers."""
+        with handed_out(self, kwargs.get("adapter_names"), kwargs.get("num_beams")):
+            yield
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._own_layers():

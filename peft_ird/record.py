@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from peft_ird.layer import IRDLayer
+from peft_ird.layer import IRDLayer, layers_of
 from peft_ird.selection.selection import Selection
 from peft_ird.sparse.fingerprint import differs
-from peft_ird.sparse.storage import Entries, plain_name
+from peft_ird.sparse.storage import Entries
 from peft_ird.targets import base_model, base_modules
 
 __all__ = ["check_base", "fingerprints", "provenance"]
@@ -55,7 +55,7 @@ def fingerprints(
         The hashes of each module whose weights are at hand; None without any.
     """
     found = {}
-    for name, layer in _layers(model).items():
+    for name, layer in layers_of(model).items():
         whole = all(
             layer._base_parameter(parameter).ndim == len(shape)
             for parameter, shape in shapes.get(name, {}).items()
@@ -80,7 +80,7 @@ def check_base(
         ValueError: If a module's weights at the indices are others. Weights that are
             quantised, sharded or offloaded are not compared.
     """
-    layers = _layers(model)
+    layers = layers_of(model)
     modules = dict(base_modules(base_model(model)))
     for name, hashes in expected.items():
         if name not in modules or name not in entries:
@@ -97,11 +97,3 @@ def check_base(
                 "Load the base model that adapter_config.json names, or pass "
                 "`ignore_base_mismatch=True` to load it all the same."
             )
-
-
-def _layers(model: nn.Module) -> dict[str, IRDLayer]:
-    return {
-        plain_name(name): module
-        for name, module in base_model(model).named_modules()
-        if isinstance(module, IRDLayer)
-    }

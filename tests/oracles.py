@@ -229,3 +229,31 @@ def inclusion_probabilities(weights: Sequence[float], k: int) -> list[float]:
         for item in order:
             found[item] += chance
     return found
+
+
+def combined_entries(
+    deltas: Sequence[dict[int, float]],
+    weights: Sequence[float],
+    rule: str,
+    density: float = 1.0,
+    majority: str = "total",
+) -> dict[int, float]:
+    """Combine deltas, entry by entry, from position to value; values are distinct."""
+    kept = []
+    for delta in deltas:
+        by_size = sorted(delta.items(), key=lambda item: -abs(item[1]))
+        kept.append(dict(by_size[: int(density * len(delta))]))
+    if rule == "linear":
+        kept = list(deltas)
+    found = {}
+    for position in sorted(set().union(*deltas)):
+        pairs = [(w, k[position]) for w, k in zip(weights, kept, strict=True)
+                 if position in k]  # fmt: skip
+        if rule != "ties":
+            found[position] = sum((w * value for w, value in pairs), 0.0)
+            continue
+        ballot = [v if majority == "total" else math.copysign(1, v) for _, v in pairs]
+        sign = 1 if sum(ballot) >= 0 else -1
+        elected = [w * value for w, value in pairs if value * sign > 0]
+        found[position] = sum(elected) / max(1, len(elected))
+    return found

@@ -1,0 +1,148 @@
+"""Batches in which every sample has an adapter of its own."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from peft_ird import IRDConfig
+from tests.conftest import make_batch, make_model, task_type
+from tests.oracles import TOL
+
+NAMES = ["two", "__base__", "one"]
+
+
+def with_two(name: str, **options) -> PeftModel:
+    """Two adapters with other entries and, for a classifier, other heads."""
+    torch.manual_seed(0)
+    options = {"method": "random", "density": 0.3, "init_weights": False, **options}
+    options["task_type"] = task_type(name)
+    model = make_model(name).double()
+    model = get_peft_model(model, IRDConfig(**options), "one")
+    model.add_adapter("two", IRDConfig(seed=1, **options))
+    for key, parameter in model.named_parameters():
+        if "modules_to_save" in key:
+            parameter.data.normal_()
+    return model.eval()
+
+
+def one_by_one(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
+    """Run each sample alone with its adapter active."""
+    found = []
+    for i, name in enumerate(NAMES):
+        sample = {key: tensor[i : i + 1] for key, tensor in batch.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                found.append(model(**sample).logits)
+        else:
+            model.set_adapter(name)
+            found.append(model(**sample).logits)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("target", [None, "all-linear"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "llama-classifier", "t5"])
+def test_each_sample_gets_its_own_adapter(kind, target):
+    # Relative positions in T5 are embedded for all samples at once.
+    excluded = {"exclude_modules": ["relative_attention_bias"]} if kind == "t5" else {}
+    model, batch = with_two(kind, target_modules=target, **excluded), make_batch(kind)
+    with torch.no_grad():
+        expected = one_by_one(model, batch)
+        found = model(**batch, adapter_names=NAMES).logits
+        assert_close(found, expected, **TOL[torch.float64])
+        model.set_adapter("one")
+        assert not torch.allclose(model(**batch).logits, expected)
+
+
+def test_a_batch_of_one_adapter_need_not_have_it_active():
+    model, batch = with_two("gpt2"), make_batch("gpt2")
+    with torch.no_grad():
+        model.set_adapter("one")
+        expected = model(**batch).logits
+        model.set_adapter("two")
+        found = model(**batch, adapter_names=["one"] * 3).logits
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_mixes_adapters(kind, num_beams):
+    excluded = {"exclude_modules": ["relative_attention_bias"]} if kind == "t5" else {}
+    model = with_two(kind, **excluded)
+    ids = make_batch(kind)["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
+    found = model.generate(input_ids=ids, adapter_names=NAMES, **options)
+    for row, name, sample in zip(found, NAMES, ids, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(input_ids=sample[None], **options)[0]
+        else:
+            model.set_adapter(name)
+            alone = model.generate(input_ids=sample[None], **options)[0]
+        assert row[: len(alone)].tolist() == alone.tolist()
+        assert set(row[len(alone) :].tolist()) <= {model.config.pad_token_id}
+
+
+def test_tuples_and_other_outputs_are_put_together():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, int]]:
+            return x * self.weight * scale, {"size": 3}
+
+    torch.manual_seed(0)
+    options = {"method": "random", "density": 1.0, "init_weights": False}
+    options["target_modules"] = ["0"]
+    model = get_peft_model(nn.Sequential(Pair()), IRDConfig(**options), "one").eval()
+    layer = model.base_model.model[0]
+    x, scale = torch.randn(3, 3), torch.tensor(2.0)
+    names = ["one", "__base__", "one"]
+    found, others = layer(x, scale=scale, adapter_names=names)
+    expected = torch.stack([layer(x, scale)[0][0], 2 * x[1], layer(x, scale)[0][2]])
+    assert_close(found, expected)
+    assert others == {"size": 3}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["one", "four", "two"], "non-existing adapter.*four"),
+        (["one", "two"], "Length of `adapter_names` should be the same.*2 and 3"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused_as_in_lora(names, message):
+    batch = make_batch("bert")
+    options = {"r": 2, "target_modules": ["query"], "init_lora_weights": False}
+    lora = get_peft_model(make_model("bert"), LoraConfig(**options), "one")
+    lora.add_adapter("two", LoraConfig(**options))
+    for model in (with_two("bert"), lora.eval()):
+        with pytest.raises(ValueError, match=message):
+            model(**batch, adapter_names=names)
+
+
+def test_no_hook_is_left_behind_by_an_error():
+    model, batch = with_two("bert"), make_batch("bert")
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(**batch, adapter_names=["one", "two"])
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_training_and_merged_models_are_refused(kind):
+    model, batch = with_two(kind), make_batch(kind)
+    with pytest.raises(ValueError, match="in training mode"):
+        model.train()(**batch, adapter_names=NAMES)
+    model.eval().merge_adapter(["two"])
+    with pytest.raises(ValueError, match=r"merged adapters.*`unmerge_adapter`"):
+        model(**batch, adapter_names=NAMES)
+
+
+def test_disabled_adapters_stay_off():
+    model, batch = with_two("bert"), make_batch("bert")
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(**batch).logits
+        assert torch.equal(model(**batch, adapter_names=NAMES).logits, expected)
