@@ -80,6 +80,20 @@ class _MixedModel(MixedModel):  # type: ignore[misc]
             return super()._check_target_module_exists(config, key)
         return self._tuner(config)._check_target_module_exists(config, key)
 
+    def _replace_module(self, parent: Any, name: str, new: Any, child: Any) -> None:
+        tuner = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[IRD]
+        if isinstance(child, tuner.tuner_layer_cls):
+            tuner._replace_module(self, parent, name, new, child)
+        else:
+            super()._replace_module(parent, name, new, child)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layer_cls = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[IRD].tuner_layer_cls
+        # PEFT does not look inside tuner layers; wrapped modules may hold wrapped ones.
+        while any(isinstance(module, layer_cls) for module in self.model.modules()):
+            super()._unload_and_optionally_merge(*args, **kwargs)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
 
 _write = peft.peft_model.safe_save_file
 _save_file_of_peft = getattr(_write, "__wrapped__", _write)  # of a module reloaded

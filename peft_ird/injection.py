@@ -16,6 +16,7 @@ from peft_ird.targets import base_model, base_modules
 
 __all__ = [
     "adapter_counts",
+    "announce",
     "install",
     "install_nested",
     "parameter_shapes",
@@ -95,7 +96,26 @@ def _wrap_alike(model: nn.Module, target: nn.Module) -> IRDLayer:
     others = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
     first = next(others, None)
     layer.enable_adapters(first is None or not first.disable_adapters)
+    layer.adapters = adapters_of(model)
     return layer
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """Return the names of all adapters that have been announced."""
+    layers = layers_of(model).values()
+    return [*dict.fromkeys(name for layer in layers for name in layer.adapters)]
+
+
+def announce(model: nn.Module, adapter_name: str) -> None:
+    """Tell every layer of a model that there is an adapter.
+
+    Args:
+        model: The base model.
+        adapter_name: The adapter.
+    """
+    names = [*dict.fromkeys([*adapters_of(model), adapter_name])]
+    for layer in layers_of(model).values():
+        layer.adapters = list(names)
 
 
 def install_nested(

@@ -44,6 +44,7 @@ class IRDLayer(nn.Module, Holding):
         self.irdelta_indices: Any = nn.ModuleDict()  # the same, adapter -> parameter
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
+        self.adapters: list[str] = []  # of the model, here or elsewhere
         self.rounding = Rounding()
         self._disable_adapters = False
         self._unchecked = set()
@@ -132,8 +133,16 @@ class IRDLayer(nn.Module, Holding):
         Args:
             adapter_name: The adapter.
         """
+        self.adapters = [name for name in self.adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
         self._forget(adapter_name)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """Return the model's adapters: one of them is active when one is deleted.
+
+        It must be the same in all layers, also in those where it has no entries.
+        """
+        return sorted(self.adapters)
 
     def _refuse_if_merged(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:

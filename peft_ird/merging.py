@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
                 continue
             self._check(adapter)
             merged = self._merged_entries(adapter)
-            self._keep_originals(adapter)
+            self._keep_originals(adapter, merged)
             for name, written in merged.items():
                 self.rounding += self._lost(adapter, name, written)
             for name, indices in self._indices(adapter).items():
@@ -131,14 +131,19 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
                 )
 
     def unmerge(self) -> None:
-        """Put the entries back that merging overwrote, bit for bit."""
+        """Put the entries back that merging overwrote, bit for bit.
+
+        What another tuner has added to them since stays, up to rounding.
+        """
         if not self.merged and len(self.irdelta_values):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             for name, kept in self.irdelta_originals[adapter].items():
                 weight = self._base_parameter(name).data
-                scatter_(weight, kept["indices"], kept["entries"])
+                now = gather(weight, kept["indices"])
+                entries = _undone(now, kept["entries"], kept["written"])
+                scatter_(weight, kept["indices"], entries)
             del self.irdelta_originals[adapter]
 
     def _original_entries(self, name: str, indices: Tensor) -> Tensor:
@@ -175,11 +180,21 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
         error = written.double() - old - values
         return Rounding(float(error.abs().sum()), float(values.abs().sum()))
 
-    def _keep_originals(self, adapter: str) -> None:
+    def _keep_originals(self, adapter: str, merged: Mapping[str, Tensor]) -> None:
         kept = nn.ModuleDict()
         for name, indices in self._indices(adapter).items():
-            entries = gather(self._base_parameter(name).data, indices)
-            kept[name] = BufferDict(
-                {"indices": indices.clone(), "entries": entries}, persistent=False
-            )
+            found = {
+                "indices": indices.clone(),
+                "entries": gather(self._base_parameter(name).data, indices),
+                "written": merged[name],
+            }
+            kept[name] = BufferDict(found, persistent=False)
         self.irdelta_originals[adapter] = kept
+
+
+def _undone(now: Tensor, before: Tensor, written: Tensor) -> Tensor:
+    """Return entries as they were before, with what others have added since."""
+    common = torch.promote_types(now.dtype, torch.float32)
+    added = now.to(common) - written.to(common)
+    is_same = (now == written) | (now.isnan() & written.isnan())
+    return torch.where(is_same, before, (before.to(common) + added).to(now.dtype))

@@ -1,7 +1,6 @@
 """The tuner: puts a selection into a model, and a saved adapter back."""
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from peft_ird.combining import Combination, add_combined
 from peft_ird.config import IRDConfig
 from peft_ird.injection import (
     adapter_counts,
+    announce,
     install,
     install_nested,
     parameter_shapes,
@@ -97,6 +97,7 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
             )  # fmt: skip
             install_nested(model, config, adapter_name, self.active_adapters)
             share_tied(model)
+            announce(model, adapter_name)
         except BaseException:
             config.selection = given
             raise
@@ -150,34 +151,6 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
 
     def _own_layers(self) -> list[IRDLayer]:
         return [m for m in self.model.modules() if isinstance(m, IRDLayer)]
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was active alone, the first one left becomes it.
-
-        Every adapter has other modules, so the choice cannot be left to each layer.
-
-        Args:
-            adapter_name: The adapter.
-
-        Raises:
-            ValueError: If there is no such adapter, or it is merged.
-        """
-        active = list(self.active_adapters)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was active which is now deleted")
-            super().delete_adapter(adapter_name)
-        if adapter_name not in active:
-            return
-        left = [name for name in active if name != adapter_name]
-        if not left:
-            left = list(self.peft_config)[:1]
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting "
-                f"active adapter to {left[0] if left else 'none'}.",
-                stacklevel=2,
-            )
-        if left:
-            self.set_adapter(left)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False

@@ -186,8 +186,7 @@ def test_deleting_an_inactive_adapter_leaves_another_one_merged(name):
 
 def test_deleting_the_last_adapter_leaves_the_base(name):
     model = adapted(name)
-    with pytest.warns(UserWarning, match="active adapter to none"):
-        model.base_model.delete_adapter("default")
+    model.base_model.delete_adapter("default")
     with torch.no_grad():
         found = model.base_model.model(**make_batch(name)).logits
     assert torch.equal(found, logits(make_model(name), name))
@@ -707,3 +706,99 @@ def test_lora_and_ird_in_one_mixed_model(lora_first, lora_target):
     model.set_adapter("first")
     assert_close(logits(model, "bert"), alone)
     assert_close(logits(model.unload(), "bert"), expected)
+
+
+def mixed_model(base: nn.Module, *targets: list[str]) -> PeftMixedModel:
+    """A LoRA and an IRD adapter, both active, in modules of these names."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=targets[0], init_lora_weights=False)
+    ird = IRDConfig(density=0.5, method="random", init_weights=False)
+    ird.target_modules = targets[-1]
+    model = get_peft_model(base, lora, "low", mixed=True)
+    model.add_adapter("sparse", ird)
+    return model.eval()
+
+
+@pytest.mark.parametrize("order", [["low", "sparse"], ["sparse", "low"]])
+@pytest.mark.parametrize("finish", ["unmerge", "set_adapter", "disable"])
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set:UserWarning")
+def test_what_two_tuners_merged_is_unmerged(order, finish):
+    base = make_model("bert")
+    expected = logits(base, "bert")
+    model = mixed_model(base, ["query", "dense"])
+    model.set_adapter(order)
+    model.merge_adapter()
+    assert not torch.allclose(logits(model, "bert"), expected)
+    if finish == "disable":
+        with model.disable_adapter():
+            found = logits(model, "bert")
+    else:
+        if finish == "unmerge":
+            model.unmerge_adapter()
+        else:
+            model.set_adapter("sparse")
+        found = logits(model.unload(), "bert")
+    assert_close(found, expected, **TOL[torch.float32])
+
+
+class Block(nn.Module):
+    """A module with a parameter of its own around others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.ones(4))
+        self.lin = nn.Linear(4, 4)
+        self.again = self.lin
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.lin(x) * self.b)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return Blocks()
+
+
+@pytest.mark.parametrize("finish", ["unload", "merge_and_unload"])
+def test_a_mixed_model_is_unloaded_down_to_the_last_module(finish):
+    base, x = blocks(), torch.randn(2, 4)
+    names = list(base.state_dict())
+    model = mixed_model(base, ["first"], ["first", "second", "second.lin"])
+    model.set_adapter(["low", "sparse"])
+    expected = base(x) if finish == "merge_and_unload" else blocks()(x)
+    left = getattr(model, finish)()
+    assert list(left.state_dict()) == names
+    assert left.second.again is left.second.lin
+    assert_close(left(x), expected)
+
+
+@pytest.mark.parametrize("how", ["peft", "mixed", "native"])
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_all_layers_agree_on_who_follows_a_deleted_adapter(how):
+    """Five entries each: no layer has some of all three adapters."""
+    model = make_model("gpt2")
+    for seed, each in enumerate("xyz"):
+        settings = config("gpt2", budget=5, density=None, seed=seed)
+        if how == "native":
+            model.add_adapter(settings, each)
+        elif each == "x":
+            model = get_peft_model(model, settings, each, mixed=how == "mixed")
+        else:
+            model.add_adapter(each, settings)
+    model.eval().set_adapter("y")
+    expected = logits(model, "gpt2")
+    model.set_adapter("x")
+    with pytest.warns(UserWarning, match="Setting active adapter to y"):
+        model.delete_adapter("x")
+    assert torch.equal(logits(model, "gpt2"), expected)
+    layers = [m for m in model.modules() if isinstance(m, IRDLayer)]
+    assert {tuple(layer.active_adapters) for layer in layers} == {("y",)}
