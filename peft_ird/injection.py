@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +17,7 @@ from peft_ird.targets import base_model, base_modules
 __all__ = [
     "adapter_counts",
     "announce",
+    "check_name",
     "install",
     "install_nested",
     "parameter_shapes",
@@ -55,6 +56,30 @@ def adapter_counts(model: nn.Module, adapter_name: str) -> Counts:
     layers = layers_of(model).items()
     found = {name: layer.entry_counts(adapter_name) for name, layer in layers}
     return {name: counts for name, counts in found.items() if counts}
+
+
+def check_name(model: nn.Module, config: IRDConfig, adapter_name: str) -> None:
+    """Refuse an adapter with the name of an adapted parameter.
+
+    PEFT takes what ends in an adapter's name for that adapter's when it saves another.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration, with its entries.
+        adapter_name: Its name.
+
+    Raises:
+        ValueError: If its name, or that of one before it, is that of a parameter.
+    """
+    adapters = {adapter_name, *adapters_of(model)}
+    counts = [*(config.nnz_pattern or {}).values()]
+    for layer in layers_of(model).values():
+        counts += [layer.entry_counts(name) for name in layer.adapters]
+    for taken in adapters & {name for named in counts for name in named}:
+        raise ValueError(
+            f"An adapter cannot be called '{taken}': a parameter with entries is, and "
+            "files of other adapters would lose it. Choose another `adapter_name`."
+        )
 
 
 def install(
@@ -172,6 +197,7 @@ def resize(
     before = list(adapter_values(base, adapter_name))
     trainable = any(values.requires_grad for values in before)
     is_raised = any(values.dtype == torch.float32 for values in before)
+    flags = {values: values.requires_grad for values in _all_values(layers)}
     for layer in layers:
         if isinstance(layer, IRDLayer):
             layer.drop_entries(adapter_name)
@@ -180,11 +206,19 @@ def resize(
     for name in counts:
         target = base.get_submodule(name)
         layer = install(base, config, adapter_name, target, name)
-        layer.set_adapter(active, inference_mode=not trainable)
+        layer.set_adapter(active)
+    for values in _all_values(base.modules()):
+        values.requires_grad_(flags.get(values, trainable))
     for values in adapter_values(base, adapter_name):
         if is_raised and is_low_precision(values):  # as PEFT does when it injects
             values.data = values.data.float()
     share_tied(base)
+
+
+def _all_values(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    for module in modules:
+        if isinstance(module, IRDLayer):
+            yield from module.irdelta_values.parameters()
 
 
 def adapter_values(model: nn.Module, adapter_name: str) -> Iterator[nn.Parameter]:

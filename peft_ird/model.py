@@ -18,6 +18,7 @@ from peft_ird.config import IRDConfig
 from peft_ird.injection import (
     adapter_counts,
     announce,
+    check_name,
     install,
     install_nested,
     parameter_shapes,
@@ -91,6 +92,7 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         given = config.selection
         try:
             settle(model, config, state_dict)
+            check_name(model, config, adapter_name)
             BaseTuner.inject_adapter(
                 self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
                 state_dict,
@@ -212,7 +214,13 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
             layer.check_finite(adapter_names or layer.active_adapters)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: IRDConfig) -> None:
-        """Do nothing: a delta acts in every module that holds its parameter."""
+        """Warn of tied modules that are trained whole.
+
+        A delta acts in every module that holds its parameter.
+        """
+        whole = copy.copy(peft_config)
+        whole.target_modules = None
+        super()._check_tied_modules(model, whole)
 
     def _check_merge_allowed(self) -> None:
         """Do nothing: merging writes into the shared parameter itself."""

@@ -37,6 +37,7 @@ def settle(
     Raises:
         ValueError: If data, options, a selection or a file do not fit the model.
     """
+    _check_heads(model, config)
     if state_dict is not None:
         counts = entry_counts(state_dict)
         shapes = parameter_shapes(model, counts)
@@ -56,7 +57,6 @@ def settle(
         config.nnz_pattern = config.shape_pattern = None
         return  # PEFT knows best what to say
     else:
-        _check_heads(model, config)
         selection = config.selection or select_parameters(model, config)
         counts = selection.counts
         shapes = parameter_shapes(model, counts)

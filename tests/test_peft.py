@@ -1,6 +1,7 @@
 """What a user of PEFT expects of any tuner, on tiny BERT, GPT-2 and LLaMA."""
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -509,6 +510,23 @@ def test_a_resized_adapter_is_trainable_and_logged(name, caplog):
     )
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_loading_into_an_inactive_adapter_leaves_the_active_one_as_it_was(is_frozen):
+    state_dict = get_peft_model_state_dict(adapted("bert"))
+    model = adapted("bert", seed=3)
+    model.add_adapter("second", config("bert", seed=4))
+    model.set_requires_grad("default", not is_frozen)
+    set_peft_model_state_dict(model, state_dict, adapter_name="second")
+    flags = {
+        each: {p.requires_grad for n, p in model.named_parameters() if each in n}
+        for each in ("irdelta_values.default", "irdelta_values.second")
+    }
+    assert flags == {
+        "irdelta_values.default": {not is_frozen},
+        "irdelta_values.second": {False},
+    }
+
+
 def test_a_resized_adapter_stays_in_float32(name):
     state_dict = get_peft_model_state_dict(adapted(name))
     assert state_dict
@@ -802,3 +820,53 @@ def test_all_layers_agree_on_who_follows_a_deleted_adapter(how):
     assert torch.equal(logits(model, "gpt2"), expected)
     layers = [m for m in model.modules() if isinstance(m, IRDLayer)]
     assert {tuple(layer.active_adapters) for layer in layers} == {("y",)}
+
+
+def test_no_adapter_has_the_name_of_an_adapted_parameter():
+    """PEFT would take its neighbours' biases for its own when it saves them."""
+    settings = config("gpt2", method="bias", density=None)
+    model = make_model("gpt2")
+    keys = list(model.state_dict())
+    message = r"cannot be called 'bias'.*`adapter_name`"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, settings, "bias")
+    assert list(model.state_dict()) == keys
+    model = get_peft_model(model, config("gpt2", target_modules=["wte"]), "bias")
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("other", settings)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_tied_head_that_is_trained_whole_is_warned_of_as_in_lora():
+    for settings in (
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        config("llama", target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ):
+        with pytest.warns(UserWarning, match="`tie_word_embeddings=True` and a tied"):
+            get_peft_model(make_model("llama"), settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(make_model("llama"), config("llama", density=0.5))
+
+
+def test_a_saved_adapter_is_not_loaded_under_a_head(tmp_path):
+    adapted("bert", density=1.0).save_pretrained(tmp_path)
+    other = adapted("bert", target_modules=["query"])
+    settings = IRDConfig.from_pretrained(tmp_path)
+    settings.modules_to_save = ["query"]
+    with pytest.raises(ValueError, match=r"`modules_to_save` covers '.*query'"):
+        other.add_adapter("second", settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+def test_an_exported_model_is_saved_and_loaded():
+    model, batch = adapted("bert", density=0.5), make_batch("bert")
+    del batch["labels"]
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(model, (), batch, strict=False), buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        found = torch.export.load(buffer).module()(**batch).logits
+        assert_close(found, model(**batch).logits, **TOL[torch.float32])

@@ -86,4 +86,4 @@ def _used(numbers: Tensor, size: int) -> Tensor:
     is_used = torch.zeros(size, dtype=torch.bool, device=numbers.device)
     is_used[numbers.long()] = True
     used = is_used.nonzero().flatten().int()
-    return used if len(used) <= _DENSE * size else used[:0]
+    return used if len(used) <= _DENSE * size else used.new_empty(0)
