@@ -13,7 +13,7 @@ from peft_ird.mixed_batch import BASE, by_sample
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
 from peft_ird.sparse.storage import plain_name
-from peft_ird.substitution import call_with_parameters
+from peft_ird.substitution import call_with_parameters, onloaded
 from peft_ird.targets import base_model
 
 __all__ = ["Deltas", "IRDLayer", "layers_of"]
@@ -152,12 +152,13 @@ class IRDLayer(nn.Module, Holding):
             )
 
     def _delta(self, adapter_name: str, name: str) -> SparseDelta:
-        return SparseDelta(
-            self._indices(adapter_name)[name],
-            self.irdelta_values[adapter_name][name],
-            self._base_parameter(name).shape,
-            self._support(adapter_name, name),
-        )
+        with onloaded(self.irdelta_values[adapter_name]) as values:
+            return SparseDelta(
+                self._indices(adapter_name)[name],
+                values[name],
+                self._base_parameter(name).shape,
+                self._support(adapter_name, name),
+            )
 
     def _base_parameter(self, name: str) -> Tensor:
         parameter: Tensor = getattr(self.get_base_layer(), name)

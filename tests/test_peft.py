@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
     LoraConfig,
     PeftMixedModel,
@@ -870,3 +871,20 @@ def test_an_exported_model_is_saved_and_loaded():
     with torch.no_grad():
         found = torch.export.load(buffer).module()(**batch).logits
         assert_close(found, model(**batch).logits, **TOL[torch.float32])
+
+
+@pytest.mark.parametrize("target", [None, "all-linear"])
+def test_a_model_is_offloaded_with_its_adapters(name, target):
+    model = adapted(name, target_modules=target, density=0.3).double()
+    model.add_adapter("second", config(name, seed=1))
+    model.base_model.set_adapter(
+        ["default"] if task_type(name) == "SEQ_CLS" else ["default", "second"]
+    )
+    expected = logits(model, name)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    for _ in range(2):
+        # Where weights are not at hand, the share of norms is computed in float32.
+        found = logits(model, name).float()
+        assert_close(found, expected.float(), **TOL[torch.float32])
+        values = [p for n, p in model.named_parameters() if "irdelta_values" in n]
+        assert all(p.is_meta for p in values)
