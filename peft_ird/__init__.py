@@ -7,6 +7,7 @@ from peft_ird._registration import register
 from peft_ird.config import IRDConfig
 from peft_ird.layer import IRDLayer
 from peft_ird.model import IRDModel
+from peft_ird.options import ignoring_base_mismatch
 from peft_ird.search.evaluate import TrainerEvaluate
 from peft_ird.search.halving import SuccessiveHalving
 from peft_ird.search.outcome import Outcome
@@ -26,6 +27,7 @@ __all__ = [
     "Selection",
     "SuccessiveHalving",
     "TrainerEvaluate",
+    "ignoring_base_mismatch",
     "search",
     "select_parameters",
 ]

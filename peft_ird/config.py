@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from peft_ird._registration import IRD
-from peft_ird.options import check
+from peft_ird.options import check, ignores_base_mismatch
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.criteria import NEEDS_DATA
 from peft_ird.selection.schedule import check_schedule
@@ -215,6 +216,7 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
                 setattr(self, name, set(getattr(self, name)))
         if self.calibration is not None:
             self.calibration = Calibration.of(self.calibration)
+        self.ignore_base_mismatch = self.ignore_base_mismatch or ignores_base_mismatch()
         # A pattern that came with the arguments describes weights still to be loaded.
         self._describes_file = self.nnz_pattern is not None
         self._entries: Entries | None = None  # of the file, until they are injected
@@ -287,10 +289,17 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         if not isinstance(config, cls):  # PEFT returns the type that was saved
             return config
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        config._entries = read_adapter_file(
-            folder, config.nnz_pattern, config.shape_pattern
-        )
+        found = read_adapter_file(folder, config.nnz_pattern, config.shape_pattern)
+        if found is not None:
+            config._entries, replaced = found
+            config.forget_fingerprints(replaced)
         return config
+
+    def forget_fingerprints(self, modules: Collection[str]) -> None:
+        """Do not compare the base weights of modules that are loaded as well."""
+        if self.fingerprint:
+            hashes = self.fingerprint.items()
+            self.fingerprint = {name: h for name, h in hashes if name not in modules}
 
     # Run-time objects are shared by copies, and left out of pickles.
     def __copy__(self) -> "IRDConfig":

@@ -185,8 +185,8 @@ class Holding(Merging):
                 f"Adapter '{adapter}' was made for other base weights than those of "
                 f"this {type(self.get_base_layer()).__name__}: at its entries of "
                 f"{', '.join(counts)} the fingerprint should be {dict(expected)}. Load "
-                "the base model that adapter_config.json names, or set the "
-                "configuration's `ignore_base_mismatch` to True before loading."
+                "the base model that adapter_config.json names, or load inside `with "
+                "peft_ird.ignoring_base_mismatch():` all the same."
             )
         for name, indices in found.items():
             plain[name] = indices.to(device_of(self._base_parameter(name)))

@@ -37,6 +37,7 @@ from peft_ird.sparse.storage import (
     entry_counts,
     plain_name,
     read_entries,
+    replaced_modules,
     with_coded_indices,
 )
 from peft_ird.targets import base_model
@@ -275,6 +276,7 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
             shapes = parameter_shapes(model, expected)
             state_dict = with_coded_indices(state_dict, shapes)
             entries = read_entries(state_dict, expected, shapes)
+            config.forget_fingerprints(replaced_modules(state_dict))
             if is_new and not config.ignore_base_mismatch:
                 check_base(base, entries, config.fingerprint or {})
         if expected != counts:

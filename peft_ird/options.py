@@ -1,13 +1,38 @@
 """What the options of a configuration may be."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from peft_ird.selection.criteria import METHODS
 from peft_ird.selection.entries import SCOPES
 from peft_ird.sparse.storage import FORMAT
 
-__all__ = ["check"]
+__all__ = ["check", "ignores_base_mismatch", "ignoring_base_mismatch"]
+
+_IGNORES = ContextVar("ignores_base_mismatch", default=False)
+
+
+@contextmanager
+def ignoring_base_mismatch() -> Iterator[None]:
+    """Load adapters onto base weights that they were not made for.
+
+    For ways to load that do not pass `ignore_base_mismatch` on to the configuration, as
+    `load_adapter` and the classes ``AutoPeftModel...``.
+    """
+    token = _IGNORES.set(True)
+    try:
+        yield
+    finally:
+        _IGNORES.reset(token)
+
+
+def ignores_base_mismatch() -> bool:
+    """Return whether configurations are made inside `ignoring_base_mismatch`."""
+    return _IGNORES.get()
+
 
 _CHOICES = {
     "method": METHODS,

@@ -94,6 +94,6 @@ def check_base(
             raise ValueError(
                 f"The adapter was made for other base weights: those of '{name}' at "
                 f"its entries have the fingerprint {found}, expected {dict(hashes)}. "
-                "Load the base model that adapter_config.json names, or pass "
-                "`ignore_base_mismatch=True` to load it all the same."
+                "Load the base model that adapter_config.json names, or load inside "
+                "`with peft_ird.ignoring_base_mismatch():` all the same."
             )

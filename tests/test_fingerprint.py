@@ -6,11 +6,16 @@ import json
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_ird import IRDConfig
+from peft_ird import IRDConfig, ignoring_base_mismatch
 from peft_ird.layer import IRDLayer
 from tests.conftest import make_batch, make_model, make_samples, task_type
 
@@ -110,6 +115,63 @@ def test_the_check_can_be_left_out(name, saved):
     assert "ignore_base_mismatch" not in settings_of(saved)
 
 
+@pytest.mark.parametrize("how", ["load_adapter", "auto", "native"])
+def test_the_check_is_left_out_however_it_is_loaded(how, tmp_path):
+    kind = "gpt2"
+    folder, base = tmp_path / "adapter", tmp_path / "base"
+    make_model(kind).save_pretrained(base)
+    model = adapted(kind)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    changed(kind, folder).save_pretrained(base)
+
+    def load() -> torch.Tensor:
+        if how == "auto":
+            return logits(AutoPeftModelForCausalLM.from_pretrained(folder), kind)
+        model = changed(kind, folder)
+        if how == "native":
+            model.load_adapter(str(folder), "second")
+        else:
+            model = get_peft_model(model, IRDConfig(method="bias"))
+            model.load_adapter(folder, "second")
+            model.set_adapter("second")
+        return logits(model, kind)
+
+    with pytest.raises(ValueError, match=r"with peft_ird\.ignoring_base_mismatch\(\)"):
+        load()
+    with ignoring_base_mismatch():
+        found = load()
+    other = changed(kind, folder)
+    loaded = PeftModel.from_pretrained(other, folder, ignore_base_mismatch=True)
+    assert torch.equal(found, logits(loaded, kind))
+    with pytest.raises(ValueError, match="made for other base weights"):
+        load()
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_embeddings_that_are_saved_whole_need_not_be_those_of_the_base(kind, tmp_path):
+    """A vocabulary that was enlarged: its new rows are random in every model."""
+
+    def enlarged(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = make_model(kind)
+        model.resize_token_embeddings(45)
+        return model
+
+    torch.manual_seed(0)
+    config = IRDConfig(density=0.3, method="random", init_weights=False)
+    model = get_peft_model(enlarged(1), config).eval()
+    expected = logits(model, kind)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(enlarged(2), tmp_path)
+    assert torch.equal(logits(loaded, kind), expected)
+    other = enlarged(2)
+    blocks = other.get_submodule("bert.encoder" if kind == "bert" else "model.layers")
+    for parameter in blocks.parameters():
+        parameter.data += 1.0
+    refused(tmp_path, other)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_type_that_the_base_is_loaded_in_is_no_mismatch(stored, loaded, tmp_path):
@@ -166,7 +228,7 @@ def test_transformers_own_loading_is_checked_at_the_first_forward(name, saved):
     for model in (right, wrong):
         model.load_adapter(str(saved))
     logits(right, name)
-    with pytest.raises(ValueError, match=r"made for other base weights.*ignore_base"):
+    with pytest.raises(ValueError, match=r"made for other base weights.*ignoring_base"):
         logits(wrong, name)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "plain_name",
     "read_adapter_file",
     "read_entries",
+    "replaced_modules",
     "replacing",
     "save_tensors",
     "with_coded_indices",
@@ -161,7 +162,7 @@ def _check_names(expected: set[tuple[str, str]], found: set[tuple[str, str]]) ->
 
 def read_adapter_file(
     folder: Path, counts: Counts | None, shapes: Shapes | None
-) -> Entries | None:
+) -> tuple[Entries, set[str]] | None:
     """Read and check a saved adapter's indices, if its file lies in a local folder.
 
     Args:
@@ -170,7 +171,8 @@ def read_adapter_file(
         shapes: Shapes of these parameters, from its configuration.
 
     Returns:
-        As `read_entries`; None if there is no such file.
+        As `read_entries`, and what `replaced_modules` returns; None if there is no
+        such file.
 
     Raises:
         ValueError: If the file is damaged or disagrees with the configuration.
@@ -179,7 +181,7 @@ def read_adapter_file(
     if counts is None or shapes is None or not path.is_file():
         return None
     tensors = with_coded_indices(load_tensors(path)[0], shapes)
-    return read_entries(tensors, counts, shapes)
+    return read_entries(tensors, counts, shapes), replaced_modules(tensors)
 
 
 def with_coded_indices(
@@ -222,6 +224,16 @@ def entry_counts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
             module, _, parameter = plain_name(key).partition(VALUES)
             counts.setdefault(module, {})[parameter] = tensor.numel()
     return counts
+
+
+def replaced_modules(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the modules whose own parameters are saved too, as resized embeddings.
+
+    Args:
+        tensors: Saved tensors.
+    """
+    own = [k for k in tensors if not any(part in k for part in (VALUES, CODED, PLAIN))]
+    return {plain_name(key).rpartition(".")[0] for key in own}
 
 
 def plain_name(key: str) -> str:
