@@ -129,9 +129,15 @@ class Holding(Merging):
         known = adapter_name in self.irdelta_coded
         return known and is_blank(self.irdelta_coded[adapter_name])
 
-    def forget_fingerprint(self, adapter_name: str) -> None:
-        """Do not compare the base weights with what an adapter was made for."""
+    def await_load(self, adapter_name: str) -> None:
+        """Make room for indices that are about to be loaded, and checked by then.
+
+        Args:
+            adapter_name: The adapter.
+        """
         self._fingerprints.pop(adapter_name, None)
+        if adapter_name in self.irdelta_coded.read:
+            self._make_room(adapter_name, self._codes()[adapter_name].numel())
 
     def fingerprint(
         self, adapter_name: str, indices: Mapping[str, Tensor] | None = None

@@ -2,21 +2,26 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Size, Tensor, nn
 
+from peft_ird._registration import PREFIX
 from peft_ird.config import IRDConfig
 from peft_ird.kinds import wrap
 from peft_ird.layer import IRDLayer, layers_of
 from peft_ird.merging import is_low_precision
+from peft_ird.sparse.storage import plain_name
 from peft_ird.targets import base_model, base_modules
 
 __all__ = [
     "adapter_counts",
     "announce",
+    "as_named_here",
     "check_name",
     "install",
     "install_nested",
@@ -24,6 +29,7 @@ __all__ = [
     "replace",
     "resize",
     "share_tied",
+    "without_targets",
 ]
 
 logger = logging.getLogger(__name__)
@@ -148,10 +154,57 @@ def install_nested(
 ) -> None:
     """Reach modules inside wrapped modules, which PEFT skips for further adapters."""
     missing = set(config.nnz_pattern or ()) - set(adapter_counts(model, adapter_name))
-    for name in sorted(missing):
-        target = model.get_submodule(name)
-        layer = install(model, config, adapter_name, target, name)
-        layer.set_adapter(active, config.inference_mode)
+    with _flags_kept(model):
+        for name in sorted(missing):
+            target = model.get_submodule(name)
+            layer = install(model, config, adapter_name, target, name)
+            layer.set_adapter(active, config.inference_mode)
+
+
+def as_named_here(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return saved tensors under the names that they have beside other adapters.
+
+    Args:
+        model: The model that they are for.
+        tensors: What was saved, under the names of a model with that adapter alone.
+    """
+    modules = model.named_modules()
+    paths = {plain_name(n): n for n, m in modules if isinstance(m, IRDLayer)}
+    found = {}
+    for key, tensor in tensors.items():
+        path, *rest = key.partition(f".{PREFIX}")
+        is_here = any(rest) and plain_name(path) in paths
+        found["".join([paths[plain_name(path)], *rest]) if is_here else key] = tensor
+    return found
+
+
+@contextmanager
+def without_targets(model: nn.Module, config: IRDConfig) -> Iterator[None]:
+    """Tell PEFT that no module is meant, where it could reach none of them.
+
+    Args:
+        model: The base model.
+        config: The configuration, with its entries.
+    """
+    wrapped = {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    parents = {plain_name(name) + "." for name in wrapped}
+    names = config.nnz_pattern or {}
+    targets = config.target_modules
+    if names and all(any(map(name.startswith, parents)) for name in names):
+        config.target_modules = DUMMY_TARGET_MODULES
+    try:
+        yield
+    finally:
+        config.target_modules = targets
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Leave the values that are there as trainable as they are."""
+    flags = [(values, values.requires_grad) for values in _all_values(model)]
+    yield
+    for values, flag in flags:
+        values.requires_grad_(flag)
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -197,26 +250,25 @@ def resize(
     before = list(adapter_values(base, adapter_name))
     trainable = any(values.requires_grad for values in before)
     is_raised = any(values.dtype == torch.float32 for values in before)
-    flags = {values: values.requires_grad for values in _all_values(layers)}
     for layer in layers:
         if isinstance(layer, IRDLayer):
             layer.drop_entries(adapter_name)
     config.nnz_pattern, config.shape_pattern = counts, parameter_shapes(base, counts)
     config.fingerprint = None
-    for name in counts:
-        target = base.get_submodule(name)
-        layer = install(base, config, adapter_name, target, name)
-        layer.set_adapter(active)
-    for values in _all_values(base.modules()):
-        values.requires_grad_(flags.get(values, trainable))
+    with _flags_kept(base):
+        for name in counts:
+            target = base.get_submodule(name)
+            layer = install(base, config, adapter_name, target, name)
+            layer.set_adapter(active)
     for values in adapter_values(base, adapter_name):
+        values.requires_grad_(trainable)
         if is_raised and is_low_precision(values):  # as PEFT does when it injects
             values.data = values.data.float()
     share_tied(base)
 
 
-def _all_values(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    for module in modules:
+def _all_values(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
         if isinstance(module, IRDLayer):
             yield from module.irdelta_values.parameters()
 

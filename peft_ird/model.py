@@ -18,6 +18,7 @@ from peft_ird.config import IRDConfig
 from peft_ird.injection import (
     adapter_counts,
     announce,
+    as_named_here,
     check_name,
     install,
     install_nested,
@@ -25,8 +26,9 @@ from peft_ird.injection import (
     replace,
     resize,
     share_tied,
+    without_targets,
 )
-from peft_ird.layer import IRDLayer
+from peft_ird.layer import IRDLayer, layers_of
 from peft_ird.merging import Rounding, report_rounding
 from peft_ird.mixed_batch import handed_out
 from peft_ird.record import check_base, fingerprints
@@ -35,6 +37,7 @@ from peft_ird.sparse.storage import (
     FORMAT,
     VALUES,
     entry_counts,
+    name_alone,
     plain_name,
     read_entries,
     replaced_modules,
@@ -94,10 +97,11 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         try:
             settle(model, config, state_dict)
             check_name(model, config, adapter_name)
-            BaseTuner.inject_adapter(
-                self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
-                state_dict,
-            )  # fmt: skip
+            with without_targets(model, config):
+                BaseTuner.inject_adapter(
+                    self, model, adapter_name, autocast_adapter_dtype,
+                    low_cpu_mem_usage, state_dict,
+                )  # fmt: skip
             install_nested(model, config, adapter_name, self.active_adapters)
             share_tied(model)
             announce(model, adapter_name)
@@ -251,7 +255,8 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
             dtype = getattr(torch, config.save_dtype)
             for key in [key for key in state_dict if VALUES in key]:
                 state_dict[key] = state_dict[key].to(dtype)
-        return state_dict
+        modules = config.nnz_pattern
+        return {name_alone(key, modules): v for key, v in state_dict.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -282,10 +287,10 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         if expected != counts:
             resize(model, config, adapter_name, expected)
         if saved:
-            for layer in layers:  # another file's, or checked already
-                layer.forget_fingerprint(adapter_name)
+            for layer in layers_of(model).values():
+                layer.await_load(adapter_name)
             state_dict = fitted(state_dict, entries, config.shape_pattern or shapes)
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
+            model, config, adapter_name, as_named_here(model, state_dict)
         )
         return mapped

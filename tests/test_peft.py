@@ -511,6 +511,20 @@ def test_a_resized_adapter_is_trainable_and_logged(name, caplog):
     )
 
 
+def test_as_many_entries_in_other_places_are_loaded(name):
+    """Nothing is resized then, but the places are others."""
+    targets = {"bert": ["word_embeddings", "position_embeddings"],
+               "gpt2": ["wte", "wpe"], "llama": "all-linear"}  # fmt: skip
+    options = {"target_modules": targets[name], "scope": "per_module", "density": 0.3}
+    model, other = (adapted(name, seed=seed, **options) for seed in (3, 4))
+    patterns = [m.peft_config["default"].nnz_pattern for m in (model, other)]
+    assert not torch.equal(logits(model, name), logits(other, name))
+    result = set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    assert not result.unexpected_keys
+    assert torch.equal(logits(model, name), logits(other, name))
+    assert patterns[0] == patterns[1]
+
+
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_loading_into_an_inactive_adapter_leaves_the_active_one_as_it_was(is_frozen):
     state_dict = get_peft_model_state_dict(adapted("bert"))
@@ -763,37 +777,37 @@ def test_what_two_tuners_merged_is_unmerged(order, finish):
 class Block(nn.Module):
     """A module with a parameter of its own around others."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_shared: bool) -> None:
         super().__init__()
         self.b = nn.Parameter(torch.ones(4))
         self.lin = nn.Linear(4, 4)
-        self.again = self.lin
+        self.again = self.lin if is_shared else nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.again(self.lin(x) * self.b)
 
 
 class Blocks(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, is_shared: bool) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(4, 4), Block()
+        self.first, self.second = nn.Linear(4, 4), Block(is_shared)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x))
 
 
-def blocks() -> nn.Module:
+def blocks(is_shared: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return Blocks()
+    return Blocks(is_shared)
 
 
 @pytest.mark.parametrize("finish", ["unload", "merge_and_unload"])
 def test_a_mixed_model_is_unloaded_down_to_the_last_module(finish):
-    base, x = blocks(), torch.randn(2, 4)
+    base, x = blocks(is_shared=True), torch.randn(2, 4)
     names = list(base.state_dict())
     model = mixed_model(base, ["first"], ["first", "second", "second.lin"])
     model.set_adapter(["low", "sparse"])
-    expected = base(x) if finish == "merge_and_unload" else blocks()(x)
+    expected = base(x) if finish == "merge_and_unload" else blocks(is_shared=True)(x)
     left = getattr(model, finish)()
     assert list(left.state_dict()) == names
     assert left.second.again is left.second.lin
@@ -888,3 +902,59 @@ def test_a_model_is_offloaded_with_its_adapters(name, target):
         assert_close(found, expected.float(), **TOL[torch.float32])
         values = [p for n, p in model.named_parameters() if "irdelta_values" in n]
         assert all(p.is_meta for p in values)
+
+
+def sparse(*targets: str) -> IRDConfig:
+    targets = [*targets]
+    return IRDConfig(
+        density=0.5, method="random", target_modules=targets, init_weights=False
+    )
+
+
+@pytest.mark.parametrize("targets", [["second"], ["second", "second.lin"]])
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_an_adapter_is_added_inside_what_another_has_wrapped(targets, is_frozen):
+    x = torch.randn(2, 4)
+    model = get_peft_model(blocks(), sparse(*targets), "outer")
+    before = model(x)
+    model.set_requires_grad("outer", not is_frozen)
+    model.add_adapter("inner", sparse("second.lin"))
+    assert torch.equal(model(x), before)
+    flags = {
+        each: {p.requires_grad for n, p in model.named_parameters() if each in n}
+        for each in (".outer.", ".inner.")
+    }
+    assert flags == {".outer.": {not is_frozen}, ".inner.": {False}}
+    assert model.peft_config["inner"].target_modules == {"second.lin"}
+    model.set_adapter("inner")
+    alone = get_peft_model(blocks(), sparse("second.lin"), "inner")
+    load_values(alone, model)
+    assert_close(model(x), alone(x))
+
+
+def load_values(model: PeftModel, other: PeftModel) -> None:
+    """Give an adapter the values that it has in another model."""
+    state_dict = get_peft_model_state_dict(other, adapter_name="inner")
+    result = set_peft_model_state_dict(model, state_dict, adapter_name="inner")
+    assert not result.unexpected_keys
+
+
+@pytest.mark.parametrize("order", [["inner", "outer"], ["outer", "inner"]])
+def test_files_do_not_tell_which_other_adapters_there_were(order, tmp_path):
+    x = torch.randn(2, 4)
+    targets = {"outer": ["first", "second"], "inner": ["second.lin"]}
+    model = get_peft_model(blocks(), sparse(*targets[order[0]]), order[0])
+    model.add_adapter(order[1], sparse(*targets[order[1]]))
+    model.save_pretrained(tmp_path)
+    expected = {}
+    for each in order:
+        model.set_adapter(each)
+        expected[each] = model(x)
+        loaded = PeftModel.from_pretrained(blocks(), tmp_path / each)
+        assert torch.equal(loaded(x), expected[each])
+    for first, second in (order, order[::-1]):
+        both = PeftModel.from_pretrained(blocks(), tmp_path / first, first)
+        both.load_adapter(tmp_path / second, second)
+        for each in order:
+            both.set_adapter(each)
+            assert torch.equal(both(x), expected[each])

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ __all__ = [
     "Entries",
     "entry_counts",
     "load_tensors",
+    "name_alone",
     "plain_name",
     "read_adapter_file",
     "read_entries",
@@ -39,6 +40,7 @@ PLAIN = ".irdelta_indices."
 VALUES = ".irdelta_values."
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
+_BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod)(?:\.|$)")
 
 Counts = Mapping[str, Mapping[str, int]]
@@ -243,4 +245,17 @@ def plain_name(key: str) -> str:
     FSDP and the compiler put in parts of their own.
     """
     key = _WRAPPERS.sub("", key).removeprefix(_KEY_PREFIX)
-    return re.sub(r"\.base_layer(?=\.|$)", "", key)
+    return _BASE_LAYER.sub("", key)
+
+
+def name_alone(key: str, modules: Collection[str]) -> str:
+    """Return a tensor's name as it is in a model that has one adapter only.
+
+    Args:
+        key: The name where other adapters may have wrapped more modules.
+        modules: Plain names of the modules in which the adapter has entries.
+    """
+    outer, *inner = _BASE_LAYER.split(key)
+    for part in inner:
+        outer += ".base_layer" * (plain_name(outer) in modules) + part
+    return outer
