@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from transformers import BertForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
 from peft_ird.selection import fisher
 from peft_ird.selection.fisher import FisherEstimator
+from peft_ird.selection.gradients import trial
 from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.pool import Pool
@@ -31,6 +36,30 @@ from tests.oracles import TOL
 
 WIDTH, CLASSES, VOCABULARY = 6, 3, 11
 Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def flat_of(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+# From hidden states ``[n, t, d]`` and a mask ``[n, t]`` to the rows that it picks.
+PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda x, mask: flat_of(x)[mask.flatten().nonzero().flatten()],
+    "mask": lambda x, mask: x[mask],
+    "joined": lambda x, mask: torch.cat([a[b] for a, b in zip(x, mask, strict=True)]),
+    "led by None": lambda x, mask: flat_of(x)[
+        None, mask.flatten().nonzero().flatten()
+    ].reshape(-1, x.shape[-1]),
+    "gathered": lambda x, mask: flat_of(x).gather(
+        0, mask.flatten().nonzero().expand(-1, x.shape[-1])
+    ),
+    "taken": lambda x, mask: torch.take_along_dim(
+        flat_of(x), mask.flatten().nonzero().expand(-1, x.shape[-1]), dim=0
+    ),
+    "looked up": lambda x, mask: F.embedding(
+        mask.flatten().nonzero().flatten(), flat_of(x)
+    ),
+}
 
 
 @dataclass
@@ -780,12 +809,111 @@ class TestModules:
         options = {"batch_size": batch_size, "target_modules": ".*extra.*"}
         check_model(model, samples, cross_entropy, **options)
 
+    @pytest.mark.parametrize("pick", PICKS)
+    def test_tokens_are_picked_in_many_ways(self, pick):
+        """No two samples that are tried send any; others send two to a batch of two."""
+        model = net(Experts(PICKS[pick]))
+        samples = token_samples((4,) * 8)
+        for sample, count in zip(samples, (0, 0, 2, 0, 1, 1, 0, 2), strict=True):
+            ids = sample["input_ids"]
+            ids.copy_(ids % (VOCABULARY - 1))
+            ids[0, :count] = VOCABULARY - 1
+        with torch.no_grad():
+            model.embedding.weight[:, 0].abs_().neg_()
+            model.embedding.weight[-1, 0] = 1.0
+        for batch_size in (2, 4, None):
+            check_model(model, samples, cross_entropy, batch_size=batch_size)
+
+    @pytest.mark.parametrize("first", [(2, 3, 5, 7), (2, 3, 5, 5)])
+    def test_a_batch_is_tried_before_any_is_trusted(self, first, monkeypatch):
+        """Equal shapes come late, behind samples that are only alike if padded."""
+        monkeypatch.setattr(trial, "_LOOKED_AT", 4)
+        samples = token_samples((*first, 4, 6, 4, 4))
+        model = net(linear())
+        everything = {name for name, _ in model.named_parameters()}
+        check_model(model, samples, LOSSES["mean"], set())
+        check_model(model, samples, MIXING_LOSSES["mean by hand"], everything)
+
+    def test_samples_that_no_other_is_like_go_alone(self):
+        samples = token_samples((2, 3, 4, 5))
+        check_model(net(linear()), samples, MIXING_LOSSES["mean by hand"], set())
+
+    def test_positions_that_all_samples_share_are_no_batch(self):
+        """Looked up as ``[t, t]``, which is a batch where there are t samples."""
+
+        class Relative(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.bias = nn.Embedding(9, WIDTH)
+
+            def forward(self, x: Tensor) -> Tensor:
+                at = torch.arange(x.shape[1])
+                return x * self.bias(at[:, None] - at + 4).mean(1)
+
+        model = net(nn.Sequential(linear(), Relative()))
+        samples = token_samples((2, 2, 2, 4, 4, 4, 4, 4))
+        for batch_size in (2, 4, None):
+            alone = {"body.1.bias.weight"}
+            check_model(model, samples, cross_entropy, alone, batch_size)
+
+    def test_frequencies_that_change_with_the_length_are_exact_and_come_back(self):
+        config = Phi3Config(
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, intermediate_size=24,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            max_position_embeddings=32, original_max_position_embeddings=8,
+            rope_scaling={"type": "longrope", "long_factor": [2.0, 3.0, 4.0, 8.0],
+                          "short_factor": [1.0] * 4},
+        )  # fmt: skip
+        model = Phi3ForCausalLM(config).double().eval()
+        with torch.no_grad():  # attention as fresh as that hardly sees any position
+            for parameter in model.parameters():
+                parameter.mul_(4.0)
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        samples = token_samples((6, 7, 8, 8, 10, 12))
+        for sample in samples:
+            sample["labels"] = sample["input_ids"]
+        check_model(model, samples)
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, before[name])
+
+    def test_a_parameter_in_a_list_is_taken_alone(self):
+        class Doubled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.randn(1, WIDTH))
+
+            def forward(self, x: Tensor) -> Tensor:
+                halves = torch.cat([self.scale, self.scale]).sum(0)
+                left, right = self.scale.chunk(2, 1)
+                return x * self.scale + halves + torch.cat([right, left], 1)
+
+        model = net(nn.Sequential(linear(), Doubled()))
+        check_model(model, token_samples(), cross_entropy, {"body.1.scale"})
+
+    def test_a_parameter_in_a_list_of_a_branch_is_noticed_later(self):
+        class Doubled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.randn(1, WIDTH))
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = x * self.scale
+                if x.shape[1] == 4:
+                    x = x + torch.cat([self.scale, self.scale]).sum(0)
+                return x
+
+        model = net(nn.Sequential(linear(), Doubled()))
+        samples = token_samples((3, 3, 4, 4, 5))
+        check_model(model, samples, cross_entropy, {"body.1.scale"})
+
 
 class Experts(nn.Module):
     """Sends each token to one of two small networks."""
 
-    def __init__(self) -> None:
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         super().__init__()
+        self.pick = pick or PICKS["index"]
         self.experts = nn.ModuleList(
             nn.Sequential(linear(), nn.Tanh(), linear()) for _ in range(2)
         )
@@ -796,7 +924,8 @@ class Experts(nn.Module):
         total = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
             mine = (chosen == number).nonzero().flatten()
-            total = total.index_add(0, mine, expert(tokens[mine]))
+            picked = self.pick(x, (chosen == number).view(x.shape[:2]))
+            total = total.index_add(0, mine, expert(picked))
         return total.view_as(x)
 
 

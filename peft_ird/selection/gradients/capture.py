@@ -51,10 +51,10 @@ class Capture(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
-            self._recorder.refuse((*args, *kwargs.values()))
+        if _tensors((result,)):
+            self._recorder.refuse(_tensors((*args, *kwargs.values())))
             if self._recorder.size > 1:
-                self._recorder.picked.note(func, args, result)
+                self._recorder.picked.note(func, args, kwargs, result)
         return result
 
     def backward(self, loss: Tensor) -> None:
@@ -70,3 +70,14 @@ class Capture(TorchFunctionMode):
             loss = loss.float().mul(recorder.scale)
         torch.autograd.backward(loss)
         recorder.finish()
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among values, and in lists and tuples among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [each for each in value if isinstance(each, Tensor)]
+    return found

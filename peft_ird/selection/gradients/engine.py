@@ -1,6 +1,6 @@
 """Passes over samples: in batches where that is exact, one by one where it is not.
 
-Before the first pass, two samples go through the model together and alone (`Trial`).
+Before the first pass, a few samples go through the model together and alone (`Trial`).
 Parameters whose gradients differ, as they are used in a way that `Capture` does not
 know or the model mixes its samples, are taken one sample at a time from then on.
 """
@@ -63,7 +63,7 @@ class Engine:
         self._kept_positions: frozenset[int] = frozenset()
 
     def prepare(self, samples: Sequence[int]) -> Outcome:
-        """Find out what is exact in batches, from two of the samples; once.
+        """Find out what is exact in batches, from a few of the samples; once.
 
         Args:
             samples: Positions in the calibration data.
@@ -210,7 +210,8 @@ class Engine:
         remaining = iter(samples)
         while window := list(islice(remaining, _WINDOW)):
             loaded = [self.singles.sample(s, outcome.padded) for s in window]
-            found += plan(loaded, tokens, self._limits.batch_size, outcome.padded)
+            size = 1 if outcome.is_single else self._limits.batch_size
+            found += plan(loaded, tokens, size, outcome.padded)
         return found
 
     def name_what_is_not_finite(

@@ -15,7 +15,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     """Lend a model for the gradients of its parameters; it comes back as it was.
 
     Inside, the model is in eval mode and every parameter is frozen. Modes,
-    ``requires_grad``, ``grad`` and the random state are restored, also on errors.
+    ``requires_grad``, ``grad``, the random state and buffers that a forward replaces
+    (as some rotary embeddings do at another length) are restored, also on errors.
 
     Args:
         model: The model.
@@ -24,6 +25,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     problem_type = getattr(config, "problem_type", None)  # set by the first forward
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    states = [(m, dict(m._buffers), _numbers(m)) for m in model.modules() if m._buffers]
     with torch.random.fork_rng(), torch.enable_grad():
         try:
             model.eval()
@@ -35,8 +37,16 @@ def borrowed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+            for module, buffers, numbers in states:
+                module._buffers.update(buffers)
+                module.__dict__.update(numbers)
             if hasattr(config, "problem_type"):
                 config.problem_type = problem_type
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """Return the numbers of a module, which may say what its buffers are for."""
+    return {k: v for k, v in vars(module).items() if isinstance(v, int | float)}
 
 
 @contextmanager

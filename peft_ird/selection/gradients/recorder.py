@@ -115,7 +115,7 @@ class Recorder:
         is_flat = tensor.ndim < 3
         return bool(each) and not rest and (not is_flat or each in self.widths)
 
-    def refuse(self, args: Iterable[Any]) -> None:
+    def refuse(self, tensors: Iterable[Tensor]) -> None:
         """Note the parameters among the arguments of a call that was left alone."""
-        numbers = map(self.number, args)
+        numbers = map(self.number, tensors)
         self.refused.update(number for number in numbers if number is not None)

@@ -1,9 +1,8 @@
-"""Two samples through the model, together and alone: what is exact in batches."""
+"""Some samples through the model, together and alone: what is exact in batches."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUGH_AGREEMENT = 0.2
 _NOISE = 1e-8
-_LOOKED_AT = 64  # samples that a pair is chosen from
+_LOOKED_AT = 64  # samples at a time that a pair is chosen from
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class Outcome:
         has_losses: Whether the losses of samples are known from a batch.
         alone: Parameters whose gradients in a batch are not those alone, or that the
             samples tried do not use.
+        is_single: Whether no two samples that may share a batch were found to try; then
+            none may.
         token_bytes: Bytes of the gradients of one token.
         sample_bytes: Bytes of the gradients of a sample that do not grow with tokens.
         activation_bytes: Bytes of what one token leaves for the backward pass.
@@ -46,6 +47,7 @@ class Outcome:
     padded: bool
     has_losses: bool
     alone: frozenset[int]
+    is_single: bool = False
     token_bytes: float = 0.0
     sample_bytes: float = 0.0
     activation_bytes: float = 0.0
@@ -95,21 +97,23 @@ class Trial:
         return best
 
     def _pair(self, samples: Sequence[int], padded: bool) -> list[Sample]:
-        """Return two samples that may share a batch, of different lengths if padded."""
-        load = self._together.singles.sample
-        loaded = [load(position, padded) for position in samples[:_LOOKED_AT]]
-        loaded.sort(key=lambda s: (s.length or 0, s.position))
-        pairs = [
-            [first, second]
-            for first, second in pairwise(loaded if self._batch_size != 1 else ())
-            if first.kind(padded) == second.kind(padded)
-            and (first.length != second.length) == padded
-        ]
-        if not pairs:
-            return [] if padded else loaded[:1]
-        # With equal labels, samples that are exchanged for each other would not show.
-        telling = (pair for pair in pairs if not _alike(*pair))
-        return next(telling, pairs[0])
+        """Return samples that may share a batch, of different lengths if padded.
+
+        Where equal shapes are meant and there are none, it is one sample.
+        """
+        if self._batch_size == 1:
+            return [] if padded else self._loaded(samples[:1], padded)
+        looked_at: list[Sample] = []
+        for start in range(0, len(samples), _LOOKED_AT):
+            looked_at += self._loaded(samples[start : start + _LOOKED_AT], padded)
+            pair = max(_pairs(looked_at, padded), key=_width, default=[])
+            # Padding may do without a trial: equal shapes are always possible.
+            if pair or padded:
+                return pair
+        return looked_at[:1]
+
+    def _loaded(self, samples: Sequence[int], padded: bool) -> list[Sample]:
+        return [self._together.singles.sample(s, padded) for s in samples]
 
     def _compare(self, pair: Sequence[Sample], padded: bool) -> Outcome:
         losses, expected = self._alone(pair)
@@ -155,6 +159,7 @@ class Trial:
             padded,
             has_losses,
             self._differing(norms, expected) | passed.misfits,
+            len(pair) == 1,
             by_token / tokens,
             by_sample / len(pair),
             saved.total / tokens,
@@ -169,6 +174,31 @@ class Trial:
         agrees = (norms - expected).abs() <= share * expected + noise
         is_fine = agrees.all(0) & is_tried
         return frozenset((~is_fine).nonzero().flatten().tolist())
+
+
+def _pairs(samples: Iterable[Sample], padded: bool) -> Iterator[list[Sample]]:
+    """Yield two samples of each kind; if padded three, the longest among them.
+
+    What a model does with long samples only shows if they are on both sides of that
+    length. Equal labels would hide that samples are exchanged for each other.
+    """
+    kinds: dict[tuple[Any, ...], list[Sample]] = {}
+    for sample in sorted(samples, key=lambda s: (s.length or 0, s.position)):
+        key = (*sample.kind(padded), None if padded else sample.length)
+        kinds.setdefault(key, []).append(sample)
+    for alike in kinds.values():
+        *others, last = alike
+        others = [o for o in others if (o.length != last.length) == padded]
+        if others:
+            telling = (other for other in others if not _alike(other, last))
+            first = next(telling, others[0])
+            middle = others[len(others) // 2]
+            is_between = (first.length or 0) < (middle.length or 0)
+            yield [first, middle, last] if is_between else [first, last]
+
+
+def _width(pair: Sequence[Sample]) -> int:
+    return max(sample.length or 0 for sample in pair)
 
 
 def _alike(first: Sample, second: Sample) -> bool:
