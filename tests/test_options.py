@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from peft_ird import IRDConfig, select_parameters
+from peft_ird import Calibration, IRDConfig, select_parameters
 from peft_ird.selection import fisher
 from tests import oracles
 from tests.conftest import as_batch, make_samples, task_type
@@ -141,9 +142,18 @@ def warmed(model, samples, steps: int, rate: float):
     return model
 
 
-def test_the_warm_up_trains_the_head_for_the_gradients_alone():
-    model, calibration, cold = problem("bert")
+def mean_by_hand(model, batch):
+    chances = model(**{**batch, "labels": None}).logits.log_softmax(-1)
+    return -chances.gather(1, batch["labels"][:, None]).mean()
+
+
+@pytest.mark.parametrize("loss", [None, mean_by_hand])
+def test_the_warm_up_trains_the_head_for_the_gradients_alone(loss):
+    model, _, cold = problem("bert")
+    # Not used by the loss, and no reason to fail.
+    model.classifier.spare = nn.Parameter(torch.zeros(1))
     samples = make_samples("bert")
+    calibration = Calibration(samples, loss=loss)
     before = copy.deepcopy(model.state_dict())
     model.classifier.bias.grad = torch.ones_like(model.classifier.bias)
     settings = config(

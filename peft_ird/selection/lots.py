@@ -50,10 +50,11 @@ class Lots:
             times = self._times(part)
             if positions is not None:
                 times = times[positions[part].cpu()]
-            noise = times.log().to(scores.device)
-            weights = scores.double().log() / self.temperature
-            keys = weights - noise if largest else weights + noise
-            yield part, keys.clamp_min(_NEVER)
+            noise = times.log_().to(scores.device)
+            keys = scores.to(torch.float64, copy=True).log_().div_(self.temperature)
+            keys = keys.sub_(noise) if largest else keys.add_(noise)
+            del times, noise
+            yield part, keys.clamp_min_(_NEVER)
 
     def _times(self, part: int) -> Tensor:
         """Return an exponential time for every entry of a parameter, never zero."""
@@ -61,4 +62,4 @@ class Lots:
         seed = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
         generator = torch.Generator().manual_seed(seed)
         chances = torch.rand(self.sizes[part], generator=generator, dtype=torch.float64)
-        return -torch.log1p(-chances).clamp_max(-1e-300)
+        return chances.neg_().log1p_().clamp_max_(-1e-300).neg_()

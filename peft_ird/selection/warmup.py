@@ -67,7 +67,8 @@ def _train(
         total = torch.zeros((), device=head[0].device)
         for batch in engine.batches(positions):
             total = total + engine.loss(batch)
-        gradients = torch.autograd.grad(total / len(positions), head)
+        loss = total / len(positions)
+        gradients = torch.autograd.grad(loss, head, allow_unused=True)
         for parameter, gradient in zip(head, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()

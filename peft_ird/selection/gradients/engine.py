@@ -202,6 +202,7 @@ class Engine:
         if not samples:
             return []
         outcome = self.prepare(samples)
+        is_single = outcome.is_single or len(outcome.alone) == len(self._pool.sizes)
         tokens = self._limits.tokens
         if self._limits.activation_bytes is not None:
             fitting = self._limits.activation_bytes / max(1.0, outcome.activation_bytes)
@@ -210,7 +211,7 @@ class Engine:
         remaining = iter(samples)
         while window := list(islice(remaining, _WINDOW)):
             loaded = [self.singles.sample(s, outcome.padded) for s in window]
-            size = 1 if outcome.is_single else self._limits.batch_size
+            size = 1 if is_single else self._limits.batch_size
             found += plan(loaded, tokens, size, outcome.padded)
         return found
 
