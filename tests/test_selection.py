@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertForMultipleChoice,
+)
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
 from peft_ird.selection import fisher
@@ -19,7 +24,13 @@ from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.sampling import with_sampled_labels
 from peft_ird.targets import find_candidates
 from tests import oracles
-from tests.conftest import as_batch, make_model, make_samples, task_type
+from tests.conftest import (
+    as_batch,
+    bert_config,
+    make_model,
+    make_samples,
+    task_type,
+)
 from tests.oracles import TOL
 
 HEADS = ("classifier", "score", "qa_outputs")
@@ -373,6 +384,13 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
+class SizedStream(Stream):
+    """Says how long it is, as some that read files do."""
+
+    def __len__(self):
+        return len(self.rows)
+
+
 def collate(samples):
     width = max(len(s["input_ids"]) for s in samples)
     rows = {
@@ -404,6 +422,8 @@ def forms(samples):
         "dictionary of lists": {k: v.tolist() for k, v in padded.items()},
         "generator": (sample for sample in samples),
         "iterable dataset": Stream(samples),
+        "iterable dataset of a known length": SizedStream(samples),
+        "with words": [{**s, "words": ["some", "text"]} for s in samples],
         "dictionary of ragged lists": {k: [s[k] for s in samples] for k in samples[0]},
     }
 
@@ -418,6 +438,48 @@ def test_every_form_of_data_gives_the_same_selection():
         found[form] = (flat(selection, model), selection.samples)
     expected = found["list of ragged samples"]
     assert all(each == expected for each in found.values()), found
+
+
+@pytest.mark.parametrize("form", ["lists", "tensors and collate_fn"])
+def test_one_of_several_choices(form):
+    """A sample has as many rows as there are choices, and more of those than labels."""
+    torch.manual_seed(0)
+    model = BertForMultipleChoice(bert_config()).double().eval()
+    rows = make_samples("bert", 12)
+    samples = []
+    for i in range(3):
+        batch = collate(rows[4 * i : 4 * i + 4])
+        samples.append({**batch, "labels": torch.tensor(3 - i)})
+    data = [{k: v.tolist() for k, v in s.items()} for s in samples]
+    if form != "lists":
+        data = Calibration(samples, default_collate)
+    settings = IRDConfig(budget=40, method="fish", modules_to_save=["classifier"])
+    selection = select_parameters(model, settings, data)
+    batches = [{k: v[None] for k, v in s.items()} for s in samples]
+    gradients = oracles.sample_gradients(model, batches, candidate_names(model))
+    expected = oracles.best(gradients.square().mean(0).tolist(), 40)
+    assert flat(selection, model) == expected
+    data = [{**data[0], "labels": 4}] if form == "lists" else []
+    if data:
+        with pytest.raises(ValueError, match=r"must lie in \[0, 4\)"):
+            select_parameters(model, settings, data)
+
+
+def test_sampled_labels_of_a_classifier_with_a_decoder():
+    config = BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, max_position_embeddings=32, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BartForSequenceClassification(config).eval()
+    ids = torch.tensor([[0, 5, 6, 7, 2]])
+    batch = {"input_ids": ids, "labels": torch.tensor([1])}
+    random = torch.Generator().manual_seed(0)
+    found = with_sampled_labels(batch, model, random)
+    assert found.keys() == batch.keys()
+    assert found["labels"].shape == (1,)
+    assert 0 <= int(found["labels"]) < 3
 
 
 def test_a_shuffled_dataloader_is_read_once():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from peft_ird.selection.randomness import own_randomness
 
@@ -131,7 +131,7 @@ class Calibration:
         self._is_batched = isinstance(data, DataLoader)
         if self._is_batched or not _is_sequence(data):
             data = list(data)
-        if len(data) and _has_batch_dimension(data[0]):
+        if len(data) and not self.collate_fn and _has_batch_dimension(data[0]):
             self._is_batched = True
         if self._is_batched:
             return [row for batch in data for row in _unbatch(batch)]
@@ -167,12 +167,19 @@ def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
         name: torch.as_tensor(value)
         for name, value in batch.items()
-        if value is not None and not isinstance(value, str)
+        if value is not None and not _is_text(value)
     }
 
 
+def _is_text(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str)
+
+
 def _is_sequence(data: Any) -> bool:
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    is_stream = isinstance(data, IterableDataset)
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not is_stream
 
 
 def _by_row(columns: Mapping[str, Any]) -> list[dict[str, Any]]:

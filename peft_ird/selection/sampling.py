@@ -41,7 +41,7 @@ def check_labels(batch: Any, model: nn.Module, position: int) -> None:
         )
     if labels is None or labels.is_floating_point():
         return
-    count = _num_classes(model, labels)
+    count = _num_classes(model, batch)
     bad = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= count))]
     if bad.numel():
         raise ValueError(
@@ -51,13 +51,16 @@ def check_labels(batch: Any, model: nn.Module, position: int) -> None:
         )
 
 
-def _num_classes(model: nn.Module, labels: Tensor) -> int:
+def _num_classes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     config: Any = model.config
+    labels, ids = batch["labels"], batch.get("input_ids")
+    if ids is not None and ids.ndim == 3:
+        return ids.shape[1]  # one of several choices
     if labels.ndim < 2 or getattr(model, "loss_type", None) == "ForTokenClassification":
         regression = config.num_labels == 1
         return torch.iinfo(labels.dtype).max if regression else int(config.num_labels)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text.vocab_size)
+    return int(getattr(text, "vocab_size", torch.iinfo(labels.dtype).max))
 
 
 def with_sampled_labels(
@@ -93,9 +96,9 @@ def with_sampled_labels(
     if "labels" not in batch:
         raise ValueError(_NOTHING_TO_DRAW)
     drawn = dict(batch)
-    if getattr(model.config, "is_encoder_decoder", False):
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None and batch["labels"].ndim > 1:
         # The decoder reads the true prefix; only the targets are drawn.
-        shift = model.prepare_decoder_input_ids_from_labels
         drawn.setdefault("decoder_input_ids", shift(labels=batch["labels"]))
     with torch.no_grad():
         logits = model(**drawn).logits
