@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peft_ird.holding import Codes, Holding, device_of
 from peft_ird.merging import Rounding
 from peft_ird.mixed_batch import BASE, by_sample
+from peft_ird.reading import Reading
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
 from peft_ird.sparse.storage import plain_name
@@ -18,11 +19,10 @@ from peft_ird.targets import base_model
 
 __all__ = ["Deltas", "IRDLayer", "layers_of"]
 
-_OWN = {"base_layer", "_parameters", "_buffers", "_modules"}
 Deltas = Mapping[str, list[SparseDelta]]
 
 
-class IRDLayer(nn.Module, Holding):
+class IRDLayer(Reading, Holding):
     """A module whose parameters get sparse deltas; this kind serves any module.
 
     The deltas are added to the parameters for the call, in a shallow copy of the base
@@ -278,39 +278,6 @@ class IRDLayer(nn.Module, Holding):
         for adapter in tuple(self._unchecked):
             with suppress(ValueError):
                 self._check(adapter)
-
-    def parameter_in_force(self, name: str) -> Tensor:
-        """Return a base parameter with the deltas of the active adapters.
-
-        Some modules read a child's weight and never call it, as multi-head attention
-        does with its output projection.
-        """
-        weight = self._base_parameter(name)
-        deltas = self._deltas_in_force().get(name)
-        return add_deltas(weight, deltas) if deltas else weight
-
-    @property
-    def weight(self) -> Any:
-        """The base layer's weight with the active deltas."""
-        return self._read("weight")
-
-    @property
-    def bias(self) -> Any:
-        """The base layer's bias with the active deltas."""
-        return self._read("bias")
-
-    def _read(self, name: str) -> Any:
-        base = self.get_base_layer()
-        own = base._parameters.get(name)
-        return self.parameter_in_force(name) if own is not None else getattr(base, name)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in _OWN or name.startswith(("__", "_hf_", "_old_forward")):
-                raise
-            return self._read(name)
 
     def __repr__(self) -> str:
         return "ird." + super().__repr__()

@@ -1,0 +1,65 @@
+"""What is read of a layer in place of the module that it wraps."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_ird.sparse.delta import SparseDelta
+from peft_ird.sparse.ops import add_deltas
+
+__all__ = ["Reading"]
+
+_OWN = {"base_layer", "_parameters", "_buffers", "_modules"}
+
+
+class Reading(nn.Module):
+    """The part of a layer that answers for the module inside.
+
+    Parameters are read with the deltas of the active adapters in them: some modules
+    read a child's weight and never call it, as multi-head attention does with its
+    output projection.
+    """
+
+    get_base_layer: Any
+
+    def _base_parameter(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    def _deltas_in_force(
+        self, adapters: Sequence[str] | None = None
+    ) -> Mapping[str, list[SparseDelta]]:
+        raise NotImplementedError
+
+    def parameter_in_force(self, name: str) -> Tensor:
+        """Return a base parameter with the deltas of the active adapters.
+
+        Args:
+            name: The parameter.
+        """
+        weight = self._base_parameter(name)
+        deltas = self._deltas_in_force().get(name)
+        return add_deltas(weight, deltas) if deltas else weight
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight with the active deltas."""
+        return self._read("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias with the active deltas."""
+        return self._read("bias")
+
+    def _read(self, name: str) -> Any:
+        base = self.get_base_layer()
+        own = base._parameters.get(name)
+        return self.parameter_in_force(name) if own is not None else getattr(base, name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _OWN or name.startswith(("__", "_hf_", "_old_forward")):
+                raise
+            return self._read(name)
