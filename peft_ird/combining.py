@@ -160,7 +160,7 @@ def add_combined(tuner: BaseTuner, adapter_name: str, rule: Combination) -> None
     for head, source in sources.items():
         state = head.modules_to_save[source].state_dict()
         head.modules_to_save[adapter_name].load_state_dict(state)
-    weights = dict(zip(rule.adapters, rule.weights, strict=True))
+    weights = dict(zip(rule.adapters, map(float, rule.weights), strict=True))
     tuner.peft_config[adapter_name].provenance["adapters"] = weights
 
 

@@ -137,7 +137,9 @@ class Holding(Merging):
         """
         self._fingerprints.pop(adapter_name, None)
         if adapter_name in self.irdelta_coded.read:
-            self._make_room(adapter_name, self._codes()[adapter_name].numel())
+            plain = dict(self.irdelta_indices[adapter_name].items())
+            code = self._code(plain, self._numels[adapter_name])
+            self._make_room(adapter_name, code.numel())
 
     def fingerprint(
         self, adapter_name: str, indices: Mapping[str, Tensor] | None = None

@@ -65,9 +65,10 @@ def adapter_counts(model: nn.Module, adapter_name: str) -> Counts:
 
 
 def check_name(model: nn.Module, config: IRDConfig, adapter_name: str) -> None:
-    """Refuse an adapter with the name of an adapted parameter.
+    """Refuse an adapter with the name of an adapted parameter, or of a module around.
 
-    PEFT takes what ends in an adapter's name for that adapter's when it saves another.
+    PEFT takes what has an adapter's name in it for that adapter's, and saves it with no
+    other.
 
     Args:
         model: The base model.
@@ -78,13 +79,19 @@ def check_name(model: nn.Module, config: IRDConfig, adapter_name: str) -> None:
         ValueError: If its name, or that of one before it, is that of a parameter.
     """
     adapters = {adapter_name, *adapters_of(model)}
-    counts = [*(config.nnz_pattern or {}).values()]
-    for layer in layers_of(model).values():
-        counts += [layer.entry_counts(name) for name in layer.adapters]
-    for taken in adapters & {name for named in counts for name in named}:
+    patterns = [config.nnz_pattern or {}]
+    patterns += [adapter_counts(model, name) for name in adapters]
+    parts = {
+        part
+        for pattern in patterns
+        for module, named in pattern.items()
+        for part in (*module.split("."), *named)
+    }
+    for taken in adapters & parts:
         raise ValueError(
-            f"An adapter cannot be called '{taken}': a parameter with entries is, and "
-            "files of other adapters would lose it. Choose another `adapter_name`."
+            f"An adapter cannot be called '{taken}': a parameter with entries is, or a "
+            "module around one, and files of other adapters would lose it. Choose "
+            "another `adapter_name`."
         )
 
 
@@ -127,7 +134,6 @@ def _wrap_alike(model: nn.Module, target: nn.Module) -> IRDLayer:
     others = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
     first = next(others, None)
     layer.enable_adapters(first is None or not first.disable_adapters)
-    layer.adapters = adapters_of(model)
     return layer
 
 
@@ -202,9 +208,11 @@ def without_targets(model: nn.Module, config: IRDConfig) -> Iterator[None]:
 def _flags_kept(model: nn.Module) -> Iterator[None]:
     """Leave the values that are there as trainable as they are."""
     flags = [(values, values.requires_grad) for values in _all_values(model)]
-    yield
-    for values, flag in flags:
-        values.requires_grad_(flag)
+    try:
+        yield
+    finally:
+        for values, flag in flags:
+            values.requires_grad_(flag)
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -265,6 +273,7 @@ def resize(
         if is_raised and is_low_precision(values):  # as PEFT does when it injects
             values.data = values.data.float()
     share_tied(base)
+    announce(base, adapter_name)
 
 
 def _all_values(model: nn.Module) -> Iterator[nn.Parameter]:

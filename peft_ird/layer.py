@@ -33,6 +33,7 @@ class IRDLayer(Reading, Holding):
         base_layer: The module, or another tuner's layer around it.
     """
 
+    adapters: Sequence[str] = ()  # of the model, here or elsewhere
     adapter_layer_names = ("irdelta_values",)
     other_param_names = ("irdelta_coded", "irdelta_indices", "irdelta_originals")
 
@@ -44,7 +45,6 @@ class IRDLayer(Reading, Holding):
         self.irdelta_indices: Any = nn.ModuleDict()  # the same, adapter -> parameter
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
-        self.adapters: list[str] = []  # of the model, here or elsewhere
         self.rounding = Rounding()
         self._disable_adapters = False
         self._unchecked = set()
@@ -198,7 +198,7 @@ class IRDLayer(Reading, Holding):
         def run(name: str, *args: Any, **kwargs: Any) -> Any:
             return self._run_or_pass(found[name], *args, **kwargs)
 
-        return by_sample(run, names, args, kwargs)
+        return by_sample(run, names, adapter_names, args, kwargs)
 
     def _run_or_pass(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
         if not deltas:

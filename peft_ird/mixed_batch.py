@@ -37,11 +37,11 @@ def handed_out(
     modules = [*tuner.model.modules()]
     _check(tuner, names, modules)
     inside = _encoder_modules(tuner.model)
-    repeated = [name for name in names for _ in range(num_beams or 1)]
+    once, repeated = list(names), [n for n in names for _ in range(num_beams or 1)]
     with ExitStack() as hooks:
         for module in modules:
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                given = names if module in inside else repeated
+                given = once if module in inside else repeated
                 hook = partial(_with_names, names=given)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -84,6 +84,7 @@ def _with_names(
 def by_sample(
     run: Callable[..., Any],
     names: Sequence[str],
+    handed: Sequence[str],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -91,7 +92,9 @@ def by_sample(
 
     Args:
         run: Called with an adapter's name, and then as the module.
-        names: The adapter of each sample.
+        names: The adapter of each sample; `BASE` where it has no entries here.
+        handed: What `handed_out` gave the module, and gives those inside of it: they
+            see some of the samples only. As it was afterwards.
         args: What the module is called with. The first dimension of tensors is that of
             the samples; if it is one, all samples share it.
         kwargs: The same, by keyword.
@@ -106,15 +109,16 @@ def by_sample(
     for i, name in enumerate(names):
         samples.setdefault(name, []).append(i)
     if len(samples) == 1:
+        tree_map_only(Tensor, partial(_check_size, of=len(names)), (args, dict(kwargs)))
         return run(names[0], *args, **kwargs)
 
     def part(rows: list[int], given: Any) -> Any:
         return tree_map_only(Tensor, partial(_rows, rows=rows, of=len(names)), given)
 
-    outputs = [
-        run(name, *part(rows, args), **part(rows, dict(kwargs)))
-        for name, rows in samples.items()
-    ]
+    outputs = []
+    for name, rows in samples.items():
+        with _narrowed(handed, rows):
+            outputs.append(run(name, *part(rows, args), **part(rows, dict(kwargs))))
     order = torch.tensor([i for rows in samples.values() for i in rows]).argsort()
 
     def together(*parts: Any) -> Any:
@@ -125,15 +129,36 @@ def by_sample(
     return tree_map(together, *outputs)
 
 
+@contextmanager
+def _narrowed(names: Sequence[str], rows: list[int]) -> Iterator[None]:
+    """Leave the names of some samples in a list for a while."""
+    if not isinstance(names, list):
+        yield
+        return
+    whole = list(names)
+    names[:] = [whole[i] for i in rows]
+    try:
+        yield
+    finally:
+        names[:] = whole
+
+
 def _rows(tensor: Tensor, rows: list[int], of: int) -> Tensor:
     if tensor.ndim == 0:
         return tensor
     if len(tensor) == 1:
         return tensor.expand(len(rows), *tensor.shape[1:])
-    if len(tensor) != of:
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but "
-            f"got {of} and {len(tensor)} respectively. Modules that take the samples "
-            "in another form, as all tokens in one dimension, cannot mix adapters."
-        )
+    _check_size(tensor, of, is_split=True)
     return tensor[torch.tensor(rows, device=tensor.device)]
+
+
+def _check_size(tensor: Tensor, of: int, is_split: bool = False) -> None:
+    size = len(tensor) if tensor.ndim else 1
+    # All tokens in one dimension are no hindrance while nothing is split.
+    if size in {1, of} or not (is_split or size % of):
+        return
+    raise ValueError(
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{of} and {size} respectively. Modules that take the samples in another form, "
+        "as all tokens in one dimension, cannot mix adapters."
+    )

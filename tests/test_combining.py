@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
+from peft.utils.merge_utils import ties
 from torch.testing import assert_close
 
 from peft_ird import IRDConfig
@@ -119,7 +121,8 @@ def test_the_new_adapter_is_frozen_and_inactive_until_it_is_set():
 def test_it_is_saved_and_loaded_and_says_what_it_is_made_of(tmp_path):
     model = with_three("llama", torch.float32)
     base = make_model("llama")
-    model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "both", "ties", 0.5)
+    weights = [np.float32(0.5), torch.tensor(2.0)]
+    model.add_weighted_adapter(["one", "two"], weights, "both", "ties", 0.5)
     model.set_adapter("both")
     expected = logits(model, "llama")
     model.save_pretrained(tmp_path, selected_adapters=["both"])
@@ -209,14 +212,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(arguments, message):
     assert model.peft_config == configs
 
 
-def test_lora_takes_the_same_arguments():
-    model = make_model("bert")
-    options = {"r": 2, "target_modules": ["query"], "init_lora_weights": False}
-    lora = get_peft_model(model, LoraConfig(**options), "one")
-    lora.add_adapter("two", LoraConfig(**options))
-    arguments = (["one", "two"], [1.0, 2.0], "both", "ties")
-    lora.add_weighted_adapter(*arguments, density=0.5, majority_sign_method="total")
-    ird = with_three("bert")
-    ird.add_weighted_adapter(*arguments, density=0.5, majority_sign_method="total")
-    assert "both" in lora.peft_config
-    assert "both" in ird.peft_config
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater:UserWarning")
+def test_ties_of_dense_deltas_are_those_of_peft():
+    """LoRA's deltas as a whole, where every entry is one of ours."""
+    model = with_three("bert")
+    shape = layers_of(model)["bert.pooler.dense"].get_delta_weight("one").shape
+    deltas = {
+        name: layers_of(model)["bert.pooler.dense"].get_delta_weight(name)
+        for name in ADAPTERS
+    }
+    expected = ties([*deltas.values()], torch.tensor(WEIGHTS).double(), 1.0)
+    model.add_weighted_adapter(ADAPTERS, WEIGHTS, "all", "ties", 1.0)
+    found = layers_of(model)["bert.pooler.dense"].get_delta_weight("all")
+    assert found.shape == shape
+    assert_close(found, expected)

@@ -47,6 +47,12 @@ PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index": lambda x, mask: flat_of(x)[mask.flatten().nonzero().flatten()],
     "mask": lambda x, mask: x[mask],
     "joined": lambda x, mask: torch.cat([a[b] for a, b in zip(x, mask, strict=True)]),
+    "cut off": lambda x, mask: torch.cat(
+        [a[: int(b.sum())] for a, b in zip(x, mask, strict=True)]
+    ),
+    "by name": lambda x, mask: flat_of(x).index_select(
+        dim=0, index=mask.flatten().nonzero().flatten()
+    ),
     "led by None": lambda x, mask: flat_of(x)[
         None, mask.flatten().nonzero().flatten()
     ].reshape(-1, x.shape[-1]),
@@ -59,6 +65,17 @@ PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "looked up": lambda x, mask: F.embedding(
         mask.flatten().nonzero().flatten(), flat_of(x)
     ),
+}
+
+
+# What may happen to rows before they are computed with.
+WAYS_THROUGH: dict[str, Callable[[Tensor], Tensor]] = {
+    "chunks": lambda x: torch.cat(x.chunk(2, -1), -1),
+    "halves": lambda x: torch.cat(x.split(WIDTH // 2, dim=-1), dim=-1),
+    "heads": lambda x: x.view(-1, 2, WIDTH // 2).flatten(1).tanh(),
+    "columns": lambda x: torch.stack(x.unbind(-1), -1),
+    "one more": lambda x: torch.cat([x, x[:0]]),
+    "repeated": lambda x: x.repeat_interleave(2, 0)[::2],
 }
 
 
@@ -811,10 +828,18 @@ class TestModules:
 
     @pytest.mark.parametrize("pick", PICKS)
     def test_tokens_are_picked_in_many_ways(self, pick):
-        """No two samples that are tried send any; others send two to a batch of two."""
-        model = net(Experts(PICKS[pick]))
+        """Those that are tried send none; others send two tokens to a batch of two."""
+        self.check_routed(Experts(PICKS[pick]))
+
+    @pytest.mark.parametrize("way", WAYS_THROUGH)
+    def test_picked_tokens_stay_so_whatever_is_done_with_them(self, way):
+        self.check_routed(Experts(through=WAYS_THROUGH[way]))
+
+    @staticmethod
+    def check_routed(experts: nn.Module) -> None:
+        model = net(experts)
         samples = token_samples((4,) * 8)
-        for sample, count in zip(samples, (0, 0, 2, 0, 1, 1, 0, 2), strict=True):
+        for sample, count in zip(samples, (0, 0, 2, 0, 1, 1, 2, 0), strict=True):
             ids = sample["input_ids"]
             ids.copy_(ids % (VOCABULARY - 1))
             ids[0, :count] = VOCABULARY - 1
@@ -833,6 +858,23 @@ class TestModules:
         everything = {name for name, _ in model.named_parameters()}
         check_model(model, samples, LOSSES["mean"], set())
         check_model(model, samples, MIXING_LOSSES["mean by hand"], everything)
+
+    @pytest.mark.parametrize(("batch_size", "tried"), [(2, 2), (3, 3), (None, 3)])
+    def test_no_more_samples_are_tried_than_make_a_batch(
+        self, batch_size, tried, monkeypatch
+    ):
+        sizes = []
+        compare = trial.Trial._compare
+
+        def noting(self: Any, pair: Any, padded: bool) -> Any:
+            sizes.append(len(pair))
+            return compare(self, pair, padded)
+
+        monkeypatch.setattr(trial.Trial, "_compare", noting)
+        model = make_model("bert").double()
+        batches = [as_batch(sample) for sample in make_samples("bert", 6)]
+        check_model(model, batches, alone=set(), batch_size=batch_size)
+        assert set(sizes) == {tried}
 
     def test_samples_that_no_other_is_like_go_alone(self):
         samples = token_samples((2, 3, 4, 5))
@@ -899,21 +941,24 @@ class TestModules:
 
             def forward(self, x: Tensor) -> Tensor:
                 x = x * self.scale
-                if x.shape[1] == 4:
+                if x.shape[1] == 3:  # those that are tried are longer
                     x = x + torch.cat([self.scale, self.scale]).sum(0)
                 return x
 
         model = net(nn.Sequential(linear(), Doubled()))
-        samples = token_samples((3, 3, 4, 4, 5))
-        check_model(model, samples, cross_entropy, {"body.1.scale"})
+        check_model(model, token_samples((3, 3, 4, 4, 3)), cross_entropy)
 
 
 class Experts(nn.Module):
     """Sends each token to one of two small networks."""
 
-    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        pick: Callable[[Tensor, Tensor], Tensor] | None = None,
+        through: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
         super().__init__()
-        self.pick = pick or PICKS["index"]
+        self.pick, self.through = pick or PICKS["index"], through
         self.experts = nn.ModuleList(
             nn.Sequential(linear(), nn.Tanh(), linear()) for _ in range(2)
         )
@@ -925,7 +970,7 @@ class Experts(nn.Module):
         for number, expert in enumerate(self.experts):
             mine = (chosen == number).nonzero().flatten()
             picked = self.pick(x, (chosen == number).view(x.shape[:2]))
-            total = total.index_add(0, mine, expert(picked))
+            total = total.index_add(0, mine, expert(self.through(picked)))
         return total.view_as(x)
 
 

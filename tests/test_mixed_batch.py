@@ -111,6 +111,7 @@ def test_tuples_and_other_outputs_are_put_together():
     [
         (["one", "four", "two"], "non-existing adapter.*four"),
         (["one", "two"], "Length of `adapter_names` should be the same.*2 and 3"),
+        (["one"] * 5, "Length of `adapter_names` should be the same.*5 and 3"),
     ],
 )
 def test_names_that_do_not_fit_are_refused_as_in_lora(names, message):
@@ -139,6 +140,45 @@ def test_training_and_merged_models_are_refused(kind):
     model.eval().merge_adapter(["two"])
     with pytest.raises(ValueError, match=r"merged adapters.*`unmerge_adapter`"):
         model(**batch, adapter_names=NAMES)
+
+
+class Outer(nn.Module):
+    """A module with a parameter of its own around others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.scale).tanh()
+
+
+@pytest.mark.parametrize(
+    "names", [NAMES, ["two", "one", "one"], ["one", "three", "two"]]
+)
+def test_modules_inside_of_wrapped_ones_see_their_samples_only(names):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), Outer()).double()
+    options = {"method": "random", "density": 0.7, "init_weights": False}
+    targets = {"one": ["0", "1", "inner"], "two": ["inner"], "three": ["1"]}
+    model = get_peft_model(base, IRDConfig(target_modules=["1"], **options), "three")
+    for seed, name in enumerate(("one", "two")):
+        settings = IRDConfig(target_modules=targets[name], seed=seed, **options)
+        model.add_adapter(name, settings)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    expected = []
+    for row, name in zip(x, names, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected.append(model(row[None]))
+        else:
+            model.set_adapter(name)
+            expected.append(model(row[None]))
+    given = list(names)
+    found = model.eval()(x, adapter_names=given)
+    assert_close(found, torch.cat(expected), **TOL[torch.float64])
+    assert given == list(names)
 
 
 def test_disabled_adapters_stay_off():

@@ -851,6 +851,8 @@ def test_no_adapter_has_the_name_of_an_adapted_parameter():
     with pytest.raises(ValueError, match=message):
         model.add_adapter("other", settings)
     assert list(model.state_dict()) == keys
+    with pytest.raises(ValueError, match="cannot be called 'wte'"):
+        model.add_adapter("wte", config("gpt2", target_modules=["wte"]))
 
 
 def test_a_tied_head_that_is_trained_whole_is_warned_of_as_in_lora():

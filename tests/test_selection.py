@@ -21,7 +21,7 @@ from peft_ird import Calibration, IRDConfig, Selection, select_parameters
 from peft_ird.selection import fisher
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
-from peft_ird.selection.sampling import with_sampled_labels
+from peft_ird.selection.sampling import check_labels, with_sampled_labels
 from peft_ird.targets import find_candidates
 from tests import oracles
 from tests.conftest import (
@@ -463,6 +463,15 @@ def test_one_of_several_choices(form):
     if data:
         with pytest.raises(ValueError, match=r"must lie in \[0, 4\)"):
             select_parameters(model, settings, data)
+
+
+def test_labels_of_several_streams_of_tokens_are_tokens():
+    """As of models that read codes of sound: ids ``[n, t, streams]``, like labels."""
+    model = make_model("llama")
+    ids = torch.full((1, 3, 4), 30)
+    check_labels({"input_ids": ids, "labels": ids}, model, 0)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 40\)"):
+        check_labels({"input_ids": ids, "labels": ids + 10}, model, 0)
 
 
 def test_sampled_labels_of_a_classifier_with_a_decoder():

@@ -54,7 +54,7 @@ def check_labels(batch: Any, model: nn.Module, position: int) -> None:
 def _num_classes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     config: Any = model.config
     labels, ids = batch["labels"], batch.get("input_ids")
-    if ids is not None and ids.ndim == 3:
+    if ids is not None and ids.ndim == 3 and labels.ndim == 1:
         return ids.shape[1]  # one of several choices
     if labels.ndim < 2 or getattr(model, "loss_type", None) == "ForTokenClassification":
         regression = config.num_labels == 1

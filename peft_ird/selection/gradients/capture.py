@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from peft_ird.selection.gradients.losses import LOSSES
+from peft_ird.selection.gradients.picked import tensors
 from peft_ird.selection.gradients.recorder import Recorder
 from peft_ird.selection.gradients.substitutes import SUBSTITUTES
 
@@ -51,8 +52,8 @@ class Capture(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if _tensors((result,)):
-            self._recorder.refuse(_tensors((*args, *kwargs.values())))
+        if tensors((result,)):
+            self._recorder.refuse(tensors((*args, *kwargs.values())))
             if self._recorder.size > 1:
                 self._recorder.picked.note(func, args, kwargs, result)
         return result
@@ -70,14 +71,3 @@ class Capture(TorchFunctionMode):
             loss = loss.float().mul(recorder.scale)
         torch.autograd.backward(loss)
         recorder.finish()
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among values, and in lists and tuples among them."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += [each for each in value if isinstance(each, Tensor)]
-    return found

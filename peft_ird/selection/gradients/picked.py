@@ -1,17 +1,18 @@
 """Rows that were picked out of a batch by an index, which may come in any number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Picked"]
+__all__ = ["Picked", "tensors"]
 
 _INDEXED = {Tensor.__getitem__, torch.index_select, Tensor.index_select,
             torch.masked_select, Tensor.masked_select}  # fmt: skip
 _GATHERED = {torch.gather, Tensor.gather, torch.take_along_dim, Tensor.take_along_dim}
+_REPEATED = {torch.repeat_interleave, Tensor.repeat_interleave}
 _JOINED = {torch.cat, torch.concat, torch.concatenate, torch.vstack}
 
 
@@ -36,15 +37,20 @@ class Picked:
     def note(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
-        """Look at a call: rows that are picked stay so while their number is kept."""
-        if not isinstance(result, Tensor) or not result.is_floating_point():
-            return
-        number = _rows(result)
-        if self._is_picked(func, args, kwargs, result.ndim) or any(
-            isinstance(arg, Tensor) and arg in self and _rows(arg) == number
-            for arg in args
-        ):
-            self._found[id(result)] = result
+        """Look at a call: what is made of picked rows is picked till they are put back.
+
+        They are put back into what has the shape of the result, as by ``index_add``.
+        """
+        given = tensors((*args, *kwargs.values()))
+        others = {tensor.shape for tensor in given if tensor not in self}
+        sizes = {size for tensor in given if tensor in self for size in _sizes(tensor)}
+        for each in tensors((result,)):
+            is_kept = not sizes.isdisjoint(_sizes(each))
+            is_made = bool(sizes) and each.shape not in others
+            if each.is_floating_point() and (
+                is_kept or is_made or self._is_picked(func, args, kwargs, each.ndim)
+            ):
+                self._found[id(each)] = each
 
     def _is_picked(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ndim: int
@@ -55,11 +61,13 @@ class Picked:
         if func in _GATHERED:
             at = 1 if func in {torch.gather, Tensor.gather} else 2
             return kwargs.get("dim", *args[at : at + 1] or (None,)) in {0, -ndim, None}
+        if func in _REPEATED:
+            return isinstance(kwargs.get("repeats", *args[1:2] or (1,)), Tensor)
         if func is F.embedding:  # of what was computed; parameters are substituted
             return any(tensor.requires_grad for tensor in args[1:2])
         if func not in _INDEXED or not isinstance(args[0], Tensor):
             return False
-        source, index = args[0], args[-1]
+        source, index = args[0], kwargs.get("index", args[-1])
         if isinstance(index, tuple):
             index = next((part for part in index if part is not None), None)
         return isinstance(index, Tensor) and not self._in_order(source, index)
@@ -83,6 +91,22 @@ class Picked:
         return torch.equal(owner, samples.repeat_interleave(each))
 
 
-def _rows(tensor: Tensor) -> int:
-    """Return the number of vectors in a tensor, or of numbers in a vector."""
-    return tensor.shape[: max(1, tensor.ndim - 1)].numel()
+def tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among values, and in lists and tuples among them.
+
+    Args:
+        values: Arguments or results of a call.
+    """
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [each for each in value if isinstance(each, Tensor)]
+    return found
+
+
+def _sizes(tensor: Tensor) -> set[tuple[str, int]]:
+    """Return by which numbers the rows of a tensor are known again in others."""
+    rows = tensor.shape[: max(1, tensor.ndim - 1)].numel()
+    return {("rows", rows), ("first", tensor.shape[0] if tensor.ndim else 1)}

@@ -106,7 +106,8 @@ class Trial:
         looked_at: list[Sample] = []
         for start in range(0, len(samples), _LOOKED_AT):
             looked_at += self._loaded(samples[start : start + _LOOKED_AT], padded)
-            pair = max(_pairs(looked_at, padded), key=_width, default=[])
+            pairs = _pairs(looked_at, padded, most=self._batch_size or 3)
+            pair = max(pairs, key=_width, default=[])
             # Padding may do without a trial: equal shapes are always possible.
             if pair or padded:
                 return pair
@@ -176,7 +177,9 @@ class Trial:
         return frozenset((~is_fine).nonzero().flatten().tolist())
 
 
-def _pairs(samples: Iterable[Sample], padded: bool) -> Iterator[list[Sample]]:
+def _pairs(
+    samples: Iterable[Sample], padded: bool, most: int
+) -> Iterator[list[Sample]]:
     """Yield two samples of each kind; if padded three, the longest among them.
 
     What a model does with long samples only shows if they are on both sides of that
@@ -194,7 +197,7 @@ def _pairs(samples: Iterable[Sample], padded: bool) -> Iterator[list[Sample]]:
             first = next(telling, others[0])
             middle = others[len(others) // 2]
             is_between = (first.length or 0) < (middle.length or 0)
-            yield [first, middle, last] if is_between else [first, last]
+            yield [first, *[middle] * (is_between and most > 2), last]
 
 
 def _width(pair: Sequence[Sample]) -> int:
