@@ -28,8 +28,8 @@ class Calibration:
     Args:
         data: A ``datasets.Dataset``, a torch dataset, list or iterable of samples; a
             dictionary of columns with one row per sample; or ready batches, in a
-            ``DataLoader`` or as a list of tokenizer outputs, which are cut into
-            samples. What has no length or index is read once.
+            ``DataLoader`` or, without ``collate_fn``, as a list of tokenizer outputs,
+            which are cut into samples. What has no length or index is read once.
         collate_fn: Makes a batch of a list of samples, as for a ``DataLoader``. By
             default fields are turned into tensors with a leading dimension of one, and
             ``label`` becomes ``labels``.
