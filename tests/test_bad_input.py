@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_is_named(value):
 
     data = make_samples("bert", 8)
     refused(
-        "loss of calibration sample 1 must be one finite number",
+        "loss of calibration sample [16] must be one finite number",
         make_model("bert"),
         config(density=0.1),
         Calibration(data, loss=loss),

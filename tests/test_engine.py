@@ -846,7 +846,7 @@ class TestModules:
         with torch.no_grad():
             model.embedding.weight[:, 0].abs_().neg_()
             model.embedding.weight[-1, 0] = 1.0
-        for batch_size in (2, 4, None):
+        for batch_size in (2, None):
             check_model(model, samples, cross_entropy, batch_size=batch_size)
 
     @pytest.mark.parametrize("first", [(2, 3, 5, 7), (2, 3, 5, 5)])
