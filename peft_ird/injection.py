@@ -67,8 +67,8 @@ def adapter_counts(model: nn.Module, adapter_name: str) -> Counts:
 def check_name(model: nn.Module, config: IRDConfig, adapter_name: str) -> None:
     """Refuse an adapter with the name of an adapted parameter, or of a module around.
 
-    PEFT takes what has an adapter's name in it for that adapter's, and saves it with no
-    other.
+    PEFT takes every tensor with an adapter's name in its own for that adapter's, and
+    leaves it out of the files of others.
 
     Args:
         model: The base model.

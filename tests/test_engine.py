@@ -920,11 +920,7 @@ class TestModules:
             assert torch.equal(buffer, before[name])
 
     def test_a_parameter_in_a_list_is_taken_alone(self):
-        class Doubled(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.scale = nn.Parameter(torch.randn(1, WIDTH))
-
+        class Doubled(OneRow):
             def forward(self, x: Tensor) -> Tensor:
                 halves = torch.cat([self.scale, self.scale]).sum(0)
                 left, right = self.scale.chunk(2, 1)
@@ -934,11 +930,7 @@ class TestModules:
         check_model(model, token_samples(), cross_entropy, {"body.1.scale"})
 
     def test_a_parameter_in_a_list_of_a_branch_is_noticed_later(self):
-        class Doubled(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.scale = nn.Parameter(torch.randn(1, WIDTH))
-
+        class Doubled(OneRow):
             def forward(self, x: Tensor) -> Tensor:
                 x = x * self.scale
                 if x.shape[1] == 3:  # those that are tried are longer
@@ -947,6 +939,14 @@ class TestModules:
 
         model = net(nn.Sequential(linear(), Doubled()))
         check_model(model, token_samples((3, 3, 4, 4, 3)), cross_entropy)
+
+
+class OneRow(nn.Module):
+    """Has a row of factors; what is done with it is left to others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(1, WIDTH))
 
 
 class Experts(nn.Module):

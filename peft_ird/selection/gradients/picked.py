@@ -14,6 +14,7 @@ _INDEXED = {Tensor.__getitem__, torch.index_select, Tensor.index_select,
 _GATHERED = {torch.gather, Tensor.gather, torch.take_along_dim, Tensor.take_along_dim}
 _REPEATED = {torch.repeat_interleave, Tensor.repeat_interleave}
 _JOINED = {torch.cat, torch.concat, torch.concatenate, torch.vstack}
+_PICKING = {F.embedding, *_INDEXED, *_GATHERED, *_REPEATED, *_JOINED}
 
 
 class Picked:
@@ -41,6 +42,8 @@ class Picked:
 
         They are put back into what has the shape of the result, as by ``index_add``.
         """
+        if not self._found and func not in _PICKING:  # every call comes by here
+            return
         given = tensors((*args, *kwargs.values()))
         others = {tensor.shape for tensor in given if tensor not in self}
         sizes = {size for tensor in given if tensor in self for size in _sizes(tensor)}
