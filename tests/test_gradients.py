@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from peft_ird.selection.gradients import outer
+from peft_ird.selection.gradients import outer, tiles
 from peft_ird.selection.gradients.batching import Sample, cut, plan, stack
 from peft_ird.selection.gradients.dense import Dense
 from peft_ird.selection.gradients.forms import OuterAndRows, SampleGradients, combine
@@ -109,7 +109,7 @@ def constants(*, is_wide: bool = False, **values: float) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outer, "_is_wide", lambda _: is_wide)
         for name, value in values.items():
-            patch.setattr(outer, name, value)
+            patch.setattr(tiles if name == "_TILE_BYTES" else outer, name, value)
         yield
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_ird.selection import topk
-from peft_ird.selection.topk import Ranking, TopK, shares, top_k
+from peft_ird.selection.ranking import Ranking, shares, top_k
+from peft_ird.selection.topk import TopK
 from tests import oracles
 
 few_distinct = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=40)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from peft_ird.selection.lots import Lots
 from peft_ird.selection.pool import Pool
-from peft_ird.selection.topk import Ranking, TopK, shares
+from peft_ird.selection.ranking import Ranking, shares
+from peft_ird.selection.topk import TopK
 
 __all__ = ["SCOPES", "Entries"]
 

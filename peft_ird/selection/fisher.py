@@ -120,7 +120,7 @@ class FisherEstimator:
 
     def forget_all_but(self, samples: Sequence[int]) -> None:
         """Drop kept gradients that passes over ``samples`` will not need."""
-        self._engine.forget(samples)
+        self._engine.kept.forget_all_but(samples)
 
     def batches(self, samples: Sequence[int]) -> list[list[int]]:
         """Return the batches that samples are taken in, as positions.
@@ -157,7 +157,7 @@ class FisherEstimator:
         self._engine.prepare(samples)
         is_kept = self._engine.has_kept(samples)
         if is_kept:
-            self._check_used(range(len(self.pool.sizes)), self._engine.kept_parts())
+            self._check_used(range(len(self.pool.sizes)), self._engine.kept.parts())
         for group in self._groups:
             # Passes over what is kept cost no model call, so each parameter has one.
             for parts in [[part] for part in group] if is_kept else [group]:
@@ -185,7 +185,7 @@ class FisherEstimator:
             self._ranks.sum_(tensors)
             if all(math.isfinite(t.sum()) for t in tensors):
                 return statistic
-            self._engine.forget(())
+            self._engine.kept.forget_all_but(())
             if not self._engine.singles.lower_scale():
                 self._engine.name_what_is_not_finite(samples, parts)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from peft_ird.selection.settings import Settings
+
 __all__ = ["Lots"]
 
 _NEVER = -1e300  # the key of what has no weight; rankings want finite numbers
@@ -32,6 +34,18 @@ class Lots:
         self.sizes = sizes
         self.temperature = temperature
         self.seed = seed
+
+    @classmethod
+    def wanted(cls, sizes: Sequence[int], settings: Settings) -> "Lots | None":
+        """Return the chance that rankings are to be mixed with, if any.
+
+        Args:
+            sizes: Number of entries of each parameter.
+            settings: The options of the selection.
+        """
+        if settings.temperature == 0:
+            return None
+        return cls(sizes, settings.temperature, settings.seed)
 
     def keys(
         self,

@@ -6,9 +6,9 @@ know or the model mixes its samples, are taken one sample at a time from then on
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from peft_ird.selection.gradients.batching import Sample, plan
 from peft_ird.selection.gradients.dense import Dense
 from peft_ird.selection.gradients.forms import SampleGradients
+from peft_ird.selection.gradients.kept import KeptGradients
 from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.singles import Singles
@@ -32,14 +33,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _WINDOW = 2048  # samples that are sorted by length together
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """The gradients of a batch, kept so that the model need not be called again."""
-
-    positions: tuple[int, ...]
-    gradients: Mapping[int, SampleGradients]
 
 
 class Engine:
@@ -59,8 +52,7 @@ class Engine:
         self._limits = limits
         self._pool = singles.pool
         self._outcome: Outcome | None = None
-        self._kept: list[_Kept] = []
-        self._kept_positions: frozenset[int] = frozenset()
+        self.kept = KeptGradients()
 
     def prepare(self, samples: Sequence[int]) -> Outcome:
         """Find out what is exact in batches, from a few of the samples; once.
@@ -113,8 +105,8 @@ class Engine:
         together = [part for part in parts if part not in outcome.alone]
         alone = [part for part in parts if part in outcome.alone]
         with self._raising_together():
-            self._replay(samples, together, statistic)
-        rest = [s for s in samples if s not in self._kept_positions]
+            self.kept.replay(samples, together, statistic)
+        rest = [s for s in samples if s not in self.kept.everywhere]
         total = len(rest) * bool(together) + len(samples) * bool(alone)
         if not total:  # on all processes alike
             return True
@@ -140,7 +132,7 @@ class Engine:
         self._outcome = replace(outcome, alone=alone)
         if alone == outcome.alone:
             return True
-        self._kept, self._kept_positions = [], frozenset()
+        self.kept = KeptGradients()
         return False
 
     def _share_scale(self) -> None:
@@ -165,33 +157,17 @@ class Engine:
             tqdm(total=total, desc="Gradients", leave=False, disable=hidden) as bar,
         ):
             for batch in self._share(fitting):
-                keeper = _Keeper()
-                misfits |= self._run_batch(batch, together, keeper)
-                positions = tuple(sample.position for sample in batch)
-                self._kept.append(_Kept(positions, keeper.gradients))
+                positions = [sample.position for sample in batch]
+                misfits |= self._run_batch(batch, together, self.kept.add(positions))
                 bar.update(len(batch) * self.ranks.size)
-        self._kept_positions = frozenset(s.position for b in fitting for s in b)
+        self.kept.everywhere = frozenset(s.position for b in fitting for s in b)
         if not self._fits(misfits):
             self.remember(samples)
-
-    def forget(self, samples: Sequence[int]) -> None:
-        """Drop what is kept of batches without any of the samples.
-
-        Args:
-            samples: Positions in the calibration data.
-        """
-        wanted = set(samples)
-        self._kept = [k for k in self._kept if not wanted.isdisjoint(k.positions)]
-        self._kept_positions &= wanted
 
     def has_kept(self, samples: Sequence[int]) -> bool:
         """Return whether no pass over these samples needs the model."""
         outcome = self.prepare(samples)
-        return not outcome.alone and self._kept_positions.issuperset(samples)
-
-    def kept_parts(self) -> set[int]:
-        """Return the parameters that gradients of this process are kept of."""
-        return {part for kept in self._kept for part in kept.gradients}
+        return not outcome.alone and self.kept.everywhere.issuperset(samples)
 
     def batches(self, samples: Sequence[int]) -> list[list[Sample]]:
         """Divide samples into batches, the same on every process.
@@ -265,17 +241,6 @@ class Engine:
                 return
             yield batch
 
-    def _replay(
-        self, samples: Sequence[int], parts: Sequence[int], statistic: Statistic
-    ) -> None:
-        wanted = set(samples)
-        for kept in self._kept:
-            rows = [n for n, p in enumerate(kept.positions) if p in wanted]
-            positions = [kept.positions[n] for n in rows]
-            for part in parts if rows else ():
-                if part in kept.gradients:
-                    statistic.update(part, kept.gradients[part], rows, positions)
-
     def loss(self, batch: Sequence[Sample]) -> Tensor:
         """Return the sum of the losses that the samples of a batch have alone.
 
@@ -318,16 +283,3 @@ class Engine:
         for group in self._pool.groups(self._limits.accumulator_bytes, entry_bytes):
             if not wanted.isdisjoint(group):
                 yield [part for part in group if part in wanted]
-
-
-class _Keeper:
-    """A statistic that keeps the gradients themselves."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[int, SampleGradients] = {}
-
-    def update(self, part: int, gradients: SampleGradients, *_: Sequence[int]) -> None:
-        self.gradients[part] = gradients
-
-    def tensors(self) -> list[Tensor]:
-        return []

@@ -6,20 +6,18 @@ chosen entries only, or not at all.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.dense import rows_of
 from peft_ird.selection.gradients.entrywise import Entrywise
+from peft_ird.selection.gradients.tiles import rows_of_a_tile, tiles
 from peft_ird.selection.gradients.where import Where
 from peft_ird.sparse.products import by_block, by_sampling
 
 __all__ = ["Outer", "join_outers"]
 
-# A tile of g_n stays in the cache while it is squared and added.
-_TILE_BYTES = 4 << 20
 # Bytes of gradients that are formed at once: on a GPU, or where few are wanted.
 _BLOCK_BYTES = 256 << 20
 # A sampled product takes as long as a dense one of this share of the matrix, and as
@@ -76,7 +74,7 @@ class Outer(Entrywise):
         single = [pair for pair in pairs if len(pair[0]) == 1]
         squared = [torch.cat(side).square_() for side in zip(*single, strict=True)]
         rows, columns = self.shape
-        step = max(1, _TILE_BYTES // (columns * pairs[0][0].element_size()))
+        step = rows_of_a_tile(columns, pairs[0][0])
         product = pairs[0][0].new_empty(min(step, rows), columns)
         squares = torch.empty_like(product)
         for tile, start in zip(matrix.split(step), range(0, rows, step), strict=True):
@@ -160,7 +158,7 @@ class Outer(Entrywise):
         if not self._is_tiled(where):
             return super().squared_norms_at(rows, where)
         norms = torch.zeros(len(rows), dtype=torch.float64)
-        for tile in self._tiles(rows, where):
+        for tile in tiles(map(self.factors, rows), where):
             mask = torch.zeros_like(tile.buffer)
             mask.view(-1)[tile.places] = 1
             for n, product in enumerate(tile.products()):
@@ -172,7 +170,7 @@ class Outer(Entrywise):
         if not self._is_tiled(where):
             return super().squares_at(rows, where)
         found = [_computable(self.left[:0]).new_empty(0)]
-        for tile in self._tiles(rows, where):
+        for tile in tiles(map(self.factors, rows), where):
             sums = torch.zeros_like(tile.buffer)
             for product in tile.products():
                 sums.addcmul_(product, product)
@@ -188,23 +186,6 @@ class Outer(Entrywise):
         area = len(where.used[0]) * len(where.used[1])
         whole = self.shape[0] * self.shape[1]
         return area > _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
-
-    def _tiles(self, kept: Sequence[int], where: Where) -> Iterator["_Tile"]:
-        """Yield the block of used rows and columns in tiles that stay in the cache."""
-        used, columns, place = where.used
-        pairs = [
-            (left.index_select(1, used), right.index_select(1, columns))
-            for left, right in map(self.factors, kept)
-        ]
-        width = len(columns)
-        step = max(1, _TILE_BYTES // max(1, width * pairs[0][0].element_size()))
-        buffer = pairs[0][0].new_empty(min(step, len(used)), width)
-        for start in range(0, len(used), step):
-            rows = slice(start, min(start + step, len(used)))
-            bounds = torch.tensor([rows.start, rows.stop]) * width
-            first, last = torch.searchsorted(place, bounds).tolist()
-            places = place[first:last] - start * width
-            yield _Tile(places, rows, pairs, buffer[: rows.stop - start])
 
     def _tokens(self, kept: Sequence[int]) -> slice:
         """Return from where to where any of some samples has live tokens."""
@@ -235,28 +216,6 @@ class Outer(Entrywise):
     def tensors(self) -> Iterator[Tensor]:
         """See `SampleGradients`."""
         yield from (self.left, self.right)
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """A part of the block of used rows and columns, on the CPU.
-
-    Args:
-        places: Flat positions of its entries. Shape ``[k]``, int64.
-        rows: Which of the used rows these are.
-        pairs: The used rows and columns of each sample's factors.
-        buffer: Where products are formed. Shape ``[rows, columns]``.
-    """
-
-    places: Tensor
-    rows: slice
-    pairs: Sequence[tuple[Tensor, Tensor]]
-    buffer: Tensor
-
-    def products(self) -> Iterator[Tensor]:
-        """Yield the gradient of each sample; the next one overwrites it."""
-        for left, right in self.pairs:
-            yield torch.mm(left[:, self.rows].t(), right, out=self.buffer)
 
 
 def join_outers(uses: Sequence[Outer]) -> Outer:

@@ -70,7 +70,13 @@ class SquareSum:
     ) -> None:
         """See `Statistic`."""
         self.seen.add(part)
-        gradients.add_squares_(self.totals[part], rows)
+        self.add_(self.totals[part], gradients, rows)
+
+    def add_(
+        self, total: Tensor, gradients: SampleGradients, rows: Sequence[int]
+    ) -> None:
+        """Add what is summed, of some samples."""
+        gradients.add_squares_(total, rows)
 
     def tensors(self) -> list[Tensor]:
         """See `Statistic`."""
@@ -80,16 +86,11 @@ class SquareSum:
 class GradientSum(SquareSum):
     r""":math:`\sum_n g_n[j]` for every entry of some parameters; as `SquareSum`."""
 
-    def update(
-        self,
-        part: int,
-        gradients: SampleGradients,
-        rows: Sequence[int],
-        positions: Sequence[int],  # noqa: ARG002 (the interface)
+    def add_(
+        self, total: Tensor, gradients: SampleGradients, rows: Sequence[int]
     ) -> None:
-        """See `Statistic`."""
-        self.seen.add(part)
-        gradients.add_sum_(self.totals[part], rows)
+        """Add what is summed, of some samples."""
+        gradients.add_sum_(total, rows)
 
 
 class SquareSumAt:

@@ -1,0 +1,169 @@
+"""Iterative Range Decreasing: samples and entries shrink in turn (Algorithm 1)."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_ird.selection.entries import Entries
+from peft_ird.selection.fisher import FisherEstimator
+from peft_ird.selection.lots import Lots
+from peft_ird.selection.ranking import top_k
+from peft_ird.selection.schedule import Cell
+from peft_ird.selection.settings import Settings, rounded
+
+if sys.platform != "win32":
+    import resource
+
+__all__ = ["Decrease", "Step", "only_step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is kept at one cell: samples and entries, and what it took."""
+
+    cell: Cell
+    samples: tuple[int, ...]
+    entries: Entries
+    sample_scores: Tensor
+    seconds: float
+    peak_bytes: int
+
+
+class Decrease:
+    """The range decreasing: what is kept now, and how it becomes less.
+
+    Args:
+        estimator: Fisher information and sample scores.
+        settings: The options of the selection.
+        samples: The samples to start from, at least those of the first cell.
+    """
+
+    def __init__(
+        self,
+        estimator: FisherEstimator,
+        settings: Settings,
+        samples: tuple[int, ...],
+    ) -> None:
+        self.estimator = estimator
+        self.settings = settings
+        self.is_reverse = settings.method == "reverse_ird"
+        self.lots = Lots.wanted(estimator.pool.sizes, settings)
+        self.samples = samples
+        self.sample_scores = torch.empty(0, dtype=torch.float64)
+        self.entries: Entries | None = None
+
+    def steps(self, cells: Sequence[Cell], count: int) -> Iterator[Step]:
+        """Yield what is kept at each cell.
+
+        Args:
+            cells: The cells.
+            count: The number of entries at the last one.
+        """
+        if self.settings.method == "gradient":
+            yield self._by_gradient(cells[0], count)
+            return
+        candidates = len(self.estimator.pool)
+        counts = [*(rounded(candidates, cell.density) for cell in cells[:-1]), count]
+        for number, (cell, wanted) in enumerate(zip(cells, counts, strict=True)):
+            start = time.perf_counter()
+            has_fewer_samples = cell.num_samples < len(self.samples)
+            if has_fewer_samples:
+                self._drop_samples(cell.num_samples)
+            if number == 0 and len(cells) > 1:
+                self.estimator.remember(self.samples)
+            self._rank_entries(wanted, has_fewer_samples)
+            assert self.entries is not None
+            seconds = time.perf_counter() - start
+            yield Step(
+                cell, self.samples, self.entries, self.sample_scores, seconds,
+                _peak_bytes(self.entries.pool.device),
+            )  # fmt: skip
+
+    def _by_gradient(self, cell: Cell, count: int) -> Step:
+        """Return the entries with the largest mean gradient."""
+        start = time.perf_counter()
+        if cell.num_samples < len(self.samples):
+            self._drop_samples(cell.num_samples)
+        gradients = self.estimator.mean_gradient(self.samples)
+        stream = ((part, gradient.abs_()) for part, gradient in gradients)
+        pool, scope = self.estimator.pool, self.settings.scope
+        entries = Entries.best(pool, stream, count, scope, lots=self.lots)
+        return only_step(cell, self.samples, entries, start)
+
+    def _drop_samples(self, wanted: int) -> None:
+        """Keep the samples with the larger scores; in reverse, the smaller ones."""
+        chosen = None
+        if self.entries is not None and self.settings.sample_score == "selected":
+            chosen = self.entries.positions
+        outliers = int(self.settings.trim_samples * len(self.samples))
+        outliers = min(outliers, len(self.samples) - wanted)
+        is_plain = self.settings.sample_scaling == "none" and not self.is_reverse
+        count = wanted + outliers if is_plain else None
+        scores = self.estimator.sample_scores(self.samples, chosen, count)
+        scores = self._scaled(scores)
+        ranked = list(range(len(scores)))
+        if outliers:
+            inliers = top_k(scores, len(scores) - outliers, largest=self.is_reverse)
+            ranked = inliers.tolist()
+        kept = top_k(scores[ranked], wanted, largest=not self.is_reverse)
+        places = [ranked[i] for i in kept.tolist()]
+        self.samples = tuple(self.samples[place] for place in places)
+        self.sample_scores = scores[places]
+        self.estimator.forget_all_but(self.samples)
+
+    def _scaled(self, scores: Tensor) -> Tensor:
+        """Divide scores by what the settings say: tokens, or the loss squared."""
+        if self.settings.sample_scaling == "length":
+            return scores / self.estimator.lengths(self.samples)
+        if self.settings.sample_scaling == "loss":
+            losses = self.estimator.losses(self.samples)
+            return scores / losses.square().clamp_min(torch.finfo(torch.float32).tiny)
+        return scores
+
+    def _rank_entries(self, count: int, has_fewer_samples: bool) -> None:
+        pool, scope = self.estimator.pool, self.settings.scope
+        is_nested = self.settings.nested or self.is_reverse
+        if self.entries is not None and is_nested:
+            if count < len(self.entries):
+                stream = self.estimator.fisher_at(self.samples, self.entries.positions)
+                self.entries = self.entries.best_of(
+                    stream, count, scope, not self.is_reverse, self.lots
+                )
+            return
+        fewer = None
+        if self.entries is not None and not has_fewer_samples:
+            fewer = self.entries.fewer(count, scope)
+        if fewer is None:
+            stream = self.estimator.fisher(self.samples)
+            fewer = Entries.best(pool, stream, count, scope, lots=self.lots)
+        self.entries = fewer
+
+
+def only_step(
+    cell: Cell, samples: tuple[int, ...], entries: Entries, start: float
+) -> Step:
+    """Return the step of a method that has only one.
+
+    Args:
+        cell: Its cell.
+        samples: The samples that entries were ranked on.
+        entries: What is kept.
+        start: When it began, by `time.perf_counter`.
+    """
+    none = torch.empty(0, dtype=torch.float64)
+    seconds = time.perf_counter() - start
+    return Step(cell, samples, entries, none, seconds, _peak_bytes(entries.pool.device))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Return the most memory that the device, or this process, has used so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,80 @@
+"""Gradients kept of samples, so that later passes need not call the model."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from peft_ird.selection.gradients.forms import SampleGradients
+from peft_ird.selection.gradients.statistics import Statistic
+
+__all__ = ["KeptGradients"]
+
+
+class KeptGradients:
+    """The gradients of some batches, in the forms that backward passes left them.
+
+    Attributes:
+        everywhere: Positions of the samples that some process has, the same on all.
+    """
+
+    def __init__(self) -> None:
+        self.everywhere: frozenset[int] = frozenset()
+        self._batches: list[_Batch] = []
+
+    def add(self, positions: Sequence[int]) -> Statistic:
+        """Return a statistic that keeps the gradients of a batch.
+
+        Args:
+            positions: Its samples' positions in the calibration data.
+        """
+        batch = _Batch(tuple(positions))
+        self._batches.append(batch)
+        return batch
+
+    def forget_all_but(self, samples: Sequence[int]) -> None:
+        """Drop what is kept of batches without any of the samples.
+
+        Args:
+            samples: Positions in the calibration data.
+        """
+        wanted = set(samples)
+        self._batches = [b for b in self._batches if not wanted.isdisjoint(b.positions)]
+        self.everywhere &= wanted
+
+    def parts(self) -> set[int]:
+        """Return the parameters that gradients of this process are kept of."""
+        return {part for batch in self._batches for part in batch.gradients}
+
+    def replay(
+        self, samples: Sequence[int], parts: Sequence[int], statistic: Statistic
+    ) -> None:
+        """Hand what is kept to a statistic.
+
+        Args:
+            samples: Positions in the calibration data.
+            parts: Numbers of the parameters.
+            statistic: What the gradients are handed to.
+        """
+        wanted = set(samples)
+        for batch in self._batches:
+            rows = [n for n, p in enumerate(batch.positions) if p in wanted]
+            positions = [batch.positions[n] for n in rows]
+            for part in parts if rows else ():
+                if part in batch.gradients:
+                    statistic.update(part, batch.gradients[part], rows, positions)
+
+
+class _Batch:
+    """A statistic that keeps the gradients themselves."""
+
+    def __init__(self, positions: tuple[int, ...]) -> None:
+        self.positions = positions
+        self.gradients: dict[int, SampleGradients] = {}
+
+    def update(self, part: int, gradients: SampleGradients, *_: Sequence[int]) -> None:
+        """See `Statistic`."""
+        self.gradients[part] = gradients
+
+    def tensors(self) -> list[Tensor]:
+        """See `Statistic`."""
+        return []
