@@ -16,6 +16,7 @@ from peft.mapping import (
 )
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers as include_all_linear_layers,
 )
@@ -24,7 +25,14 @@ from torch import Tensor
 
 from peft_ird.sparse.storage import replacing
 
-__all__ = ["IRD", "PREFIX", "BufferDict", "include_all_linear_layers", "register"]
+__all__ = [
+    "IRD",
+    "PREFIX",
+    "BufferDict",
+    "UnloadsNested",
+    "include_all_linear_layers",
+    "register",
+]
 
 PREFIX = "irdelta_"  # "ird_" would be found inside "third_" and "bird_"
 
@@ -49,7 +57,17 @@ def _add_peft_type(name: str) -> PeftType:
 IRD = _add_peft_type("IRD")
 
 
-class _MixedModel(MixedModel):  # type: ignore[misc]
+class UnloadsNested(BaseTuner):  # type: ignore[misc]
+    """A tuner that takes off layers within layers; PEFT does not look inside them."""
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[IRD].tuner_layer_cls
+        while any(isinstance(module, layer_cls) for module in self.model.modules()):
+            super()._unload_and_optionally_merge(*args, **kwargs)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+class _MixedModel(UnloadsNested, MixedModel):  # type: ignore[misc]
     """PEFT's mixed model, handing IRD adapters to the IRD tuner."""
 
     def _tuner(self, config: Any) -> Any:
@@ -86,13 +104,6 @@ class _MixedModel(MixedModel):  # type: ignore[misc]
             tuner._replace_module(self, parent, name, new, child)
         else:
             super()._replace_module(parent, name, new, child)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layer_cls = PEFT_TYPE_TO_MIXED_MODEL_MAPPING[IRD].tuner_layer_cls
-        # PEFT does not look inside tuner layers; wrapped modules may hold wrapped ones.
-        while any(isinstance(module, layer_cls) for module in self.model.modules()):
-            super()._unload_and_optionally_merge(*args, **kwargs)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
 
 
 _write = peft.peft_model.safe_save_file

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import Tensor, nn
 
-from peft_ird._registration import PREFIX
+from peft_ird._registration import PREFIX, UnloadsNested
 from peft_ird.combining import Combination, add_combined
 from peft_ird.config import IRDConfig
 from peft_ird.injection import (
@@ -48,7 +48,7 @@ from peft_ird.targets import base_model
 __all__ = ["IRDModel"]
 
 
-class IRDModel(BaseTuner):  # type: ignore[misc]
+class IRDModel(UnloadsNested):
     """Trains chosen entries of a model's own weights as sparse deltas.
 
     The entries come from the configuration's ``selection``, from a new selection on
@@ -149,9 +149,6 @@ class IRDModel(BaseTuner):  # type: ignore[misc]
         layers = self._own_layers()
         for layer in layers:
             layer.rounding = Rounding()
-        # PEFT does not look inside tuner layers; wrapped modules may hold wrapped ones.
-        while any(isinstance(module, IRDLayer) for module in self.model.modules()):
-            super()._unload_and_optionally_merge(*args, **kwargs)
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         report_rounding(layer.rounding for layer in layers)
         return model

@@ -1,5 +1,7 @@
 """Batches in which every sample has an adapter of its own."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -182,7 +184,8 @@ def test_modules_inside_of_wrapped_ones_see_their_samples_only(names):
 
 
 def test_disabled_adapters_stay_off():
-    model, batch = with_two("bert"), make_batch("bert")
-    with torch.no_grad(), model.disable_adapter():
-        expected = model(**batch).logits
+    model, batch = with_two("gpt2"), make_batch("gpt2")
+    expected = copy.deepcopy(model).unload()(**batch).logits
+    assert not torch.equal(model(**batch, adapter_names=NAMES).logits, expected)
+    with model.disable_adapter():
         assert torch.equal(model(**batch, adapter_names=NAMES).logits, expected)
