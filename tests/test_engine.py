@@ -876,9 +876,14 @@ class TestModules:
         check_model(model, batches, alone=set(), batch_size=batch_size)
         assert set(sizes) == {tried}
 
-    def test_samples_that_no_other_is_like_go_alone(self):
+    def test_samples_that_no_other_is_like_go_alone(self, caplog):
+        caplog.set_level("INFO", logger="peft_ird")
         samples = token_samples((2, 3, 4, 5))
-        check_model(net(linear()), samples, MIXING_LOSSES["mean by hand"], set())
+        loss = MIXING_LOSSES["mean by hand"]
+        check_model(net(linear()), samples, loss, set(), batch_size=1)
+        assert not caplog.messages
+        check_model(net(linear()), samples, loss, set())
+        assert "No two of the 4 samples may share a batch" in caplog.text
 
     def test_positions_that_all_samples_share_are_no_batch(self):
         """Looked up as ``[t, t]``, which is a batch where there are t samples."""

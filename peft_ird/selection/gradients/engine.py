@@ -76,6 +76,12 @@ class Engine:
                     len(self._pool.sizes),
                     self._pool.name(min(everywhere)),
                 )
+            elif outcome.is_single and self._limits.batch_size != 1 < len(samples):
+                logger.info(
+                    "No two of the %d samples may share a batch, as their fields "
+                    "differ in shape or dtype; they are taken one at a time.",
+                    len(samples),
+                )
         return self._outcome
 
     def run(
