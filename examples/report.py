@@ -1,5 +1,7 @@
 """The quickstart's report: what one training run gave, and runs beside each other."""
 
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 
 from peft_ird.selection.places import Place
 
-__all__ = ["Run", "format_table"]
+__all__ = ["Run", "format_table", "peak_memory"]
 
 Array = np.ndarray[Any, Any]
 
@@ -53,3 +55,9 @@ def format_table(runs: Sequence[Run]) -> str:
         f"{title:<24}" + "".join(f"{cell(run):>12}" for run in runs)
         for title, cell in rows
     )
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has had, libraries and all, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

