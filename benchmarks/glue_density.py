@@ -1,11 +1,12 @@
-"""Draw the scores of the GLUE experiments against the density."""
+"""Scores of the GLUE experiments against the density: a figure and a table."""
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from experiment import Experiment
-from glue_table import TITLES, chosen, reported
+from glue_table import TITLES, Key, cell, chosen, headed, line, reported
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,11 +17,65 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "0.
 MARKERS = "osD^vPX"
 
 
+@dataclass(frozen=True)
+class Densities:
+    """The rows and tasks that were run at several densities, each at its rate.
+
+    Args:
+        densities: All densities, ascending.
+        rows: The rows.
+        tasks: The tasks.
+        seeds: How many seeds there are to be.
+        runs: By density and row, the runs by task and seed.
+    """
+
+    densities: Sequence[float]
+    rows: Sequence[str]
+    tasks: Sequence[str]
+    seeds: int
+    runs: Mapping[float, Mapping[str, Mapping[Key, Result]]]
+
+    @classmethod
+    def of(cls, results: Sequence[Result]) -> "Densities":
+        """Find them among all runs of an experiment.
+
+        Args:
+            results: The runs.
+
+        Raises:
+            ValueError: If nothing was run at several densities.
+        """
+        if not results:
+            raise ValueError("There are no results; run benchmarks/glue_runs.py.")
+        experiment = Experiment.load(results[0]["job"]["experiment"])
+        densities = sorted({result["job"]["density"] for result in results})
+        runs = {density: chosen(experiment, density, results) for density in densities}
+
+        def is_shown(row: str, task: str | None = None) -> bool:
+            tasks = [{name for name, _ in runs[d].get(row, ())} for d in densities]
+            return sum(task in t if task else bool(t) for t in tasks) > 1
+
+        rows = [row for row in experiment.rows if is_shown(row)]
+        tasks = [task for task in TITLES if any(is_shown(row, task) for row in rows)]
+        if not tasks:
+            raise ValueError("Nothing has found its rate at several densities yet.")
+        return cls(densities, rows, tasks, len(experiment.seeds), runs)
+
+    def scores(self, density: float, row: str) -> dict[Key, float]:
+        """Return the reported scores of a row by task and seed, in points."""
+        runs = self.runs[density].get(row, {})
+        return {key: reported(result) for key, result in runs.items()}
+
+    def entries(self, row: str) -> list[int]:
+        """Return how many entries a row trains at each density that it has."""
+        found = (self.runs[density].get(row, {}) for density in self.densities)
+        return [max(r["entries"] for r in runs.values()) for runs in found if runs]
+
+
 def draw(results: Sequence[Result]) -> Figure:
     """Draw the score against the density, one panel per task, a line per method.
 
-    Bars are standard deviations over seeds. Methods with one density are left out once
-    others have more.
+    Bars are standard deviations over seeds.
 
     Args:
         results: All runs of an experiment.
@@ -28,26 +83,15 @@ def draw(results: Sequence[Result]) -> Figure:
     Raises:
         ValueError: If there is nothing to draw.
     """
-    if not results:
-        raise ValueError("There are no results; run benchmarks/glue_runs.py.")
-    experiment = Experiment.load(results[0]["job"]["experiment"])
-    densities = sorted({result["job"]["density"] for result in results})
-    found = {density: chosen(experiment, density, results) for density in densities}
-    rows = [row for row in experiment.rows if any(row in found[d] for d in densities)]
-    if several := [row for row in rows if sum(row in found[d] for d in densities) > 1]:
-        rows = several
-    keys = {key for d in densities for row in rows for key in found[d].get(row, {})}
-    tasks = [task for task in TITLES if any(task == name for name, _ in keys)]
-    if not tasks:
-        raise ValueError("No method has found its rate yet.")
-    figure = Figure(figsize=(3.1 * len(tasks) + 0.4, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axes, task in zip(panels, tasks, strict=True):
-        for i, row in enumerate(rows):
-            _draw_row(
-                axes, i, row, {d: _values(found[d], row, task) for d in densities}
-            )
-        _label(axes, task, densities)
+    found = Densities.of(results)
+    figure = Figure(figsize=(3.1 * len(found.tasks) + 0.4, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(found.tasks), squeeze=False)[0]
+    for axes, task in zip(panels, found.tasks, strict=True):
+        for i, row in enumerate(found.rows):
+            scores = {d: found.scores(d, row).items() for d in found.densities}
+            values = {d: [v for (t, _), v in s if t == task] for d, s in scores.items()}
+            _draw_row(axes, i, row, values)
+        _label(axes, task, found.densities)
     panels[0].set_ylabel("score, points")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
@@ -56,9 +100,39 @@ def draw(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _values(found: Mapping[str, Any], row: str, task: str) -> list[float]:
-    runs = found.get(row, {})
-    return [reported(result) for (name, _), result in runs.items() if name == task]
+def table(results: Sequence[Result]) -> str:
+    """Return a line per method: the mean over tasks, by density.
+
+    Args:
+        results: All runs of an experiment.
+
+    Raises:
+        ValueError: If nothing was run at several densities.
+    """
+    found = Densities.of(results)
+    head = ["", *(f"{100 * density:g} %" for density in found.densities)]
+    lines = headed(head)
+    for row in found.rows:
+        means = [
+            _seed_means(found.scores(d, row), found.tasks) for d in found.densities
+        ]
+        lines.append(line([row, *(cell(each, found.seeds) for each in means)]))
+    sizes = {row: ", ".join(f"{n:,}" for n in found.entries(row)) for row in found.rows}
+    most = statistics.mode(sizes.values())
+    others = "".join(f"; {row}: {n}" for row, n in sizes.items() if n != most)
+    tasks = ", ".join(TITLES[task] for task in found.tasks)
+    note = (
+        f"Mean of {tasks}, ± standard deviation over {found.seeds} seeds, or as many "
+        f"as stand in brackets. Entries: {most}{others}. The rest is as above, with a "
+        "rate for each density."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def _seed_means(scores: Mapping[Key, float], tasks: Sequence[str]) -> list[float]:
+    """Return the mean over tasks of each seed that has all of them."""
+    whole = {s for _, s in scores if all((task, s) in scores for task in tasks)}
+    return [statistics.mean(scores[task, s] for task in tasks) for s in sorted(whole)]
 
 
 def _draw_row(

@@ -90,30 +90,40 @@ def score_table(
     ]
     mean = ["mean"] if len(tasks) > 1 else []
     head = ["", "entries", *(TITLES[task] for task in tasks), *mean, "rate"]
-    lines = [_line(head), f"|---|{'---:|' * (len(head) - 1)}"]
+    lines = headed(head)
     for row, runs in found.items():
-        cells = [_cell(runs, task, len(experiment.seeds)) for task in tasks]
+        known = scores(runs).items()
+        cells = [
+            cell([s for (name, _), s in known if name == task], len(experiment.seeds))
+            for task in tasks
+        ]
         if mean:
             means = _task_means(runs).values()
             is_whole = len(means) == len(tasks)
             cells.append(f"{statistics.mean(means):.1f}" if is_whole else "")
         rate = f"{next(iter(runs.values()))['rate']:g}"
         entries = max(result["entries"] for result in runs.values())
-        lines.append(_line([row, f"{entries:,}", *cells, rate]))
-    known = [100 * constants[task] for task in tasks]
-    cells = [f"{score:.1f}" for score in known]
+        lines.append(line([row, f"{entries:,}", *cells, rate]))
+    constant = [100 * constants[task] for task in tasks]
+    cells = [f"{score:.1f}" for score in constant]
     if mean:
-        cells.append(f"{statistics.mean(known):.1f}")
-    lines.append(_line(["a constant answer", "0", *cells, ""]))
+        cells.append(f"{statistics.mean(constant):.1f}")
+    lines.append(line(["a constant answer", "0", *cells, ""]))
     return "\n".join([*lines, "", _note(experiment, found, density, label), ""])
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """Return a line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(runs: Mapping[Key, Result], task: str, seeds: int) -> str:
-    values = [reported(result) for (name, _), result in runs.items() if name == task]
+def headed(titles: Sequence[str]) -> list[str]:
+    """Return the first two lines of a table, numbers to the right."""
+    return [line(titles), f"|---|{'---:|' * (len(titles) - 1)}"]
+
+
+def cell(values: Sequence[float], seeds: int) -> str:
+    """Return mean ± standard deviation, with the number of values if seeds miss."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -216,7 +226,7 @@ def difference_table(
         "", "difference", "95 % interval", "p, pairs", "pairs", "p, tasks",
         "tasks not worse", "without WNLI",
     ]  # fmt: skip
-    lines = [_line(head), f"|---|{'---:|' * (len(head) - 1)}"]
+    lines = headed(head)
     shown: list[set[str]] = []
     for row, other in itertools.product(rows, others):
         pair = {row, other}
@@ -228,7 +238,7 @@ def difference_table(
             continue
         interval = f"{gap['low']:+.1f} to {gap['high']:+.1f}" if "low" in gap else ""
         lines.append(
-            _line(
+            line(
                 [
                     f"{row} over {other}",
                     f"{gap['mean']:+.1f}",

@@ -1,5 +1,6 @@
 """GLUE's tasks, metrics and methods, and the runner of experiments."""
 
+import copy
 import importlib
 import itertools
 import json
@@ -591,13 +592,45 @@ def test_a_result_of_another_method_is_not_taken(lists, tmp_path):
 def test_the_figures_show_every_row(lists, load, tmp_path):
     fill(lists, tmp_path)
     results = lists.load_results("list")
+    density = load("glue_density")
     with pytest.raises(ValueError, match="no results"):
-        load("glue_density").draw([])
-    (panel,) = load("glue_density").draw(results).axes
+        density.draw([])
+    one = [result for result in results if result["job"]["density"] == 0.01]
+    with pytest.raises(ValueError, match="at several densities"):
+        density.draw(one)
+    (panel,) = density.draw(results).axes
     assert [len(bars.lines[0].get_xdata()) for bars in panel.containers] == [2, 2]
     left, right = load("glue_budget").draw(results).axes
     assert [text.get_text() for text in left.texts] == ["25", "75"] * 2
     assert [text.get_text() for text in right.texts] == ["100"] * 2
+
+
+def test_densities_are_compared_over_the_tasks_and_seeds_that_all_have(
+    lists, load, tmp_path
+):
+    fill(lists, tmp_path)
+    results = lists.load_results("list")
+    for result in results:
+        job = result["job"]
+        score = 0.1 * job["seed"] + 10 * job["density"]
+        result["scores"]["validation"]["score"] = score
+        result["entries"] = 7 if job["row"] == "A" else round(1000 * job["density"])
+    cola = [copy.deepcopy(r) for r in results if r["job"]["density"] == 0.01]
+    for result in cola:
+        result["job"]["task"] = "cola"
+    few = [r for r in results if (r["job"]["density"], r["job"]["seed"]) != (0.001, 4)]
+    text = load("glue_density").table([*few, *cola])
+    assert "|  | 0.1 % | 1 % |" in text
+    assert "| A | 31.0 (1) | 45.0 ± 7.1 |" in text
+    assert "Mean of SST-2, " in text
+    assert "Entries: 7, 7; B: 1, 10." in text
+    both = [copy.deepcopy(r) for r in few if r["job"]["seed"] == 3]
+    for result in both:
+        result["job"]["task"] = "cola"
+        result["scores"]["validation"]["score"] += 0.2
+    text = load("glue_density").table([*few, *both])
+    assert "| A | 41.0 (1) | 50.0 (1) |" in text
+    assert "Mean of CoLA, SST-2, " in text
 
 
 @pytest.mark.slow
