@@ -11,7 +11,7 @@ from trainees import SPARSE, Trainee
 FLOOR_BARS = {"ird": 1.08, "ird-random": 1.25}
 FLOOR_BARS_UP_TO = 0.005  # density
 PEER_BARS = {"lora-8": 0.97, "shira": 0.8, "supertuning": 0.8, "full": 0.72}
-PEAK_BAR, KEPT_BAR, SWITCH_BAR = 1.0, 0.1, 20.0
+PEAK_BAR, KEPT_BAR, SWITCH_BAR, STATE_BAR = 1.0, 0.1, 20.0, 20.0
 Record = dict[str, Any]
 
 
@@ -136,10 +136,12 @@ def _switch_rows(results: Record) -> Iterator[Row]:
 
 
 def _state_rows(results: Record) -> Iterator[Row]:
-    for cells in _cells(results, "ird"):
+    for cells in _cells(results, "ird", "ird-random"):
+        name, density = (cells[0][1][key] for key in ("name", "density"))
         values = {shape: row["state_bytes"]["all"] for shape, row in cells}
-        yield _row("bytes per entry with Adam", values, "{:.1f}")
-        return
+        what = f"{TITLES[name]}, {100 * density:g} %"
+        title = f"bytes per entry with Adam, its rows and columns included: {what}"
+        yield _row(title, values, "{:.1f}", most=STATE_BAR)
 
 
 def _speed(results: Record) -> dict[str, dict[str, Record]]:
