@@ -1,6 +1,7 @@
 """Run the experiments of a list on GLUE, each to a result file of its own.
 
 python benchmarks/glue_runs.py minilm --data-dir GLUE --workers 2 --minutes 60
+python benchmarks/glue_runs.py smollm --data-dir GLUE --models FOLDER
 
 The lists are in ``experiments``, and what they hold is said in ``experiment.py``. What
 has a file in ``results/glue`` is not run again, and a stopped run leaves no file, so

@@ -1,6 +1,8 @@
 """Run the quickstart on several seeds and keep one result file per seed.
 
 python benchmarks/run.py --seeds 0 1 2
+python benchmarks/run.py --name quickstart-largest --temperature 0 --ird-lr 1e-3
+python benchmarks/run.py --name quickstart-random --method random --ird-lr 2e-2
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Walk the paper's staircase on a GLUE task by FISH, IRD and reverse IRD, cell by cell.
+r"""Walk the paper's staircase on a GLUE task by FISH, IRD and reverse IRD.
 
-python benchmarks/search_study.py --data-dir GLUE --output-dir FOLDER --task sst2
+python benchmarks/search_study.py --data-dir GLUE --output-dir FOLDER --task sst2 \
+    --max-train 1500
 
-Every cell of the paper's Table 3 is fine-tuned and scored: FISH is what IRD is compared
+Each cell of the paper's Table 3 is fine-tuned and scored: FISH is what IRD is compared
 with, reverse IRD the paper's contrastive study, and successive halving the cheap way to
 the best cell. Cells are chosen on held-out training samples and reported on GLUE's
 validation set. What is done is in FOLDER and is not repeated.

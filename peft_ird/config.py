@@ -132,9 +132,9 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     )
     memory_limit: int | None = option(
         None,
-        "Bytes beyond the model that the selection may take. Default: no limit, but "
-        "at most a quarter of the device's memory, or 8 GiB, for kept gradients. "
-        "Kept at run time only.",
+        "Bytes beyond the model, divided among sums, a batch and kept gradients; "
+        "temporaries come on top. Default: no limit, but at most a quarter "
+        "of the device's memory, or 8 GiB, for kept gradients. Kept at run time only.",
     )
     seed: int = option(
         0,

@@ -1,1 +1,1 @@
-"""What is built on the tuner: pictures of selections."""
+"""What is built on the tuner: the search for the best cell, and pictures."""
