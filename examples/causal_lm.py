@@ -26,6 +26,7 @@ import peft
 import tiny_llama
 import torch
 import transformers
+from arguments import positive
 from language_report import Run, format_runs
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -103,12 +104,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0 takes the largest entries; "
         "above, they are drawn within --scope")  # fmt: skip
     add("--num-samples", type=int, default=32, help="blocks that IRD starts from")
-    add("--lora", type=int, nargs="?", const=1, help="rank of a LoRA to train as well; "
-        "its number of parameters takes the place of --density")  # fmt: skip
+    add("--lora", type=positive, nargs="?", const=1, help="rank of a LoRA to train as "
+        "well; its number of parameters takes the place of --density")  # fmt: skip
     add("--lr", type=float, default=5e-3, help="learning rate of IRD")
     add("--lora-lr", type=float, default=5e-3, help="learning rate of LoRA")
-    add("--steps", type=int, default=150, help="training steps of 16 blocks")
-    add("--block", type=int, default=64, help="tokens in a block")
+    add("--steps", type=positive, default=150, help="training steps of 16 blocks")
+    add("--block", type=positive, default=64, help="tokens in a block")
     add("--base-steps", type=int, default=300, help="steps that the tiny LLaMA learns")
     add("--dtype", default="float32", choices=("float32", "bfloat16"),
         help="type of the base weights; a merge into bfloat16 rounds")  # fmt: skip
@@ -157,7 +158,7 @@ class Lesson:
         Raises:
             ValueError: If they do not fill one block.
         """
-        ends = [tokenizer.eos_token_id]
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         rows = tokenizer([text for text in texts if text.strip()])["input_ids"]
         tokens = torch.tensor([*chain.from_iterable(row + ends for row in rows)])
         blocks = tokens.split(self.options.block)[: len(tokens) // self.options.block]

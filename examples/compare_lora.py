@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import run_glue
+from arguments import positive
 from glue_setup import Setup, finite
+from methods import IRD_METHODS
 from peft import PeftModel
 from quickstart import in_fresh_process
 from scipy import stats
@@ -64,8 +66,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--rank", type=int, default=2, help="of LoRA; it sets the budget of both")
-    add("--ird-method", default="ird", help="method of IRDConfig")
+    add("--rank", type=positive, default=2, help="of LoRA; it sets the budget of both")
+    add("--ird-method", choices=IRD_METHODS, default="ird", help="of IRDConfig")
     add("--ird-options", type=json.loads, help="further options of IRDConfig, as JSON",
         default={"scope": "per_module", "temperature": 4.0},
     )  # fmt: skip
@@ -73,8 +75,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     add("--lora-lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     add("--output-dir", default="comparison-output")
     options, common = parser.parse_known_args(argv)
+    # Complain now, not after the first trainings.
+    taken = {"--budget", "--density", "--lr", "--method", "--options", "--seed"}
+    if given := taken.intersection(part.partition("=")[0] for part in common):
+        parser.error(f"{', '.join(sorted(given))}: set by this script")
+    run_glue.check_options(parser, options.ird_method, options.ird_options)
     parsed = run_glue.parse_arguments(common)
-    if parsed.held_out < 1:  # complain now, not after the first training
+    if parsed.held_out < 1:
         parser.error("--held-out must be at least 1: rates are chosen on these samples")
     options.common = common
     return options, common

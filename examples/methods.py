@@ -23,7 +23,15 @@ from peft_ird.targets import find_candidates, is_in_head
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from diff_pruning import prune
 
-__all__ = ["METHODS", "RATES", "Plan", "base_size", "built"]
+__all__ = [
+    "IRD_METHODS",
+    "METHODS",
+    "RATES",
+    "SET_BY_PLAN",
+    "Plan",
+    "base_size",
+    "built",
+]
 
 
 @dataclass(frozen=True)
@@ -244,11 +252,11 @@ RATES = {
     "full": 3e-4,
     "head-only": 1e-1,
 }
+# What takes the options of IRDConfig, and which of them the plan sets.
+IRD_METHODS = ("ird", "reverse_ird", "fish", "gradient", "magnitude", "random")
+SET_BY_PLAN = ("budget", "calibration", "method", "seed", "selection", "task_type")
 METHODS: dict[str, Callable[[nn.Module, Plan], Built]] = {
-    **{
-        name: partial(ird, method=name)
-        for name in ("ird", "reverse_ird", "fish", "gradient", "magnitude", "random")
-    },
+    **{name: partial(ird, method=name) for name in IRD_METHODS},
     "bias": bias,
     "diff_pruning": diff_pruning,
     "lora": lora,

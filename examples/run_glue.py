@@ -14,19 +14,30 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from arguments import natural, positive
 from glue import GLUE
 from glue_setup import Setup
-from methods import METHODS, RATES, Built, Plan, base_size, built
+from methods import (
+    IRD_METHODS,
+    METHODS,
+    RATES,
+    SET_BY_PLAN,
+    Built,
+    Plan,
+    base_size,
+    built,
+)
 from metrics import SCORES
 from report import peak_memory
 from tasks import packaged_minilm
 from torch import nn
 from transformers import set_seed
 
-from peft_ird import Calibration, Selection
+from peft_ird import Calibration, IRDConfig, Selection
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,27 +74,46 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data-dir", help="folder with TASK/SPLIT.parquet; None for the hub")
     add("--output-dir", default="glue-output", help="for results and adapter")
     add("--density", type=float, default=0.001, help="of the model without its head")
-    add("--budget", type=int, help="entries to train, instead of --density")
-    add("--rank", type=int, help="of LoRA; None for the one that fits the budget")
+    add("--budget", type=positive, help="entries to train, instead of --density")
+    add("--rank", type=positive, help="of LoRA; None for the one that fits the budget")
     add("--options", type=json.loads, default={}, help="of IRDConfig, as JSON")
     add("--lr", type=float, help="learning rate, of the head as well; None: one that "
         "suits the method on MiniLM")  # fmt: skip
     add("--epochs", type=float, default=3.0)
-    add("--batch-size", type=int, default=32, help="of each process")
-    add("--max-length", type=int, help="tokens; None for the task's")
-    add("--max-train", type=int, help="training samples, drawn by the seed; None: all")
-    add("--held-out", type=int, default=500, help="training samples only scored")
+    add("--batch-size", type=positive, default=32, help="of each process")
+    add("--max-length", type=positive, help="tokens; None for the task's")
+    add("--max-train", type=positive, help="training samples, drawn by the seed; None: "
+        "all")  # fmt: skip
+    add("--held-out", type=natural, default=500, help="training samples only scored")
     add("--seed", type=int, default=0, help="of data, head, order and selection")
-    add("--threads", type=int, help="threads of the CPU")
+    add("--threads", type=positive, help="threads of the CPU")
     add("--precision", choices=["highest", "high", "medium"], default="highest",
         help="of float32 matrix products, as in torch.set_float32_matmul_precision",
     )  # fmt: skip
-    add("--save", action="store_true", help="keep the adapter")
+    add("--save", action="store_true", help="keep the adapter, or the whole model")
     options = parser.parse_args(argv)
+    if options.rank and not options.method.startswith("lora"):
+        parser.error(f"--rank is for LoRA, not for --method {options.method}")
+    if options.options:
+        check_options(parser, options.method, options.options)
     options.model = options.model or packaged_minilm()
     if options.lr is None:
         options.lr = RATES[options.method]
     return options
+
+
+def check_options(
+    parser: argparse.ArgumentParser, method: str, given: dict[str, Any]
+) -> None:
+    """Refuse options that the method does not have, or that have arguments."""
+    if method not in IRD_METHODS:
+        parser.error(f"--options is for {', '.join(IRD_METHODS)}, not for {method}")
+    known = {field.name for field in fields(IRDConfig)} - {*SET_BY_PLAN, "density"}
+    if unknown := given.keys() - known:
+        parser.error(
+            f"{', '.join(sorted(unknown))}: not among the options of IRDConfig, or set "
+            "by other arguments"
+        )
 
 
 def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, Any]:
@@ -91,7 +121,7 @@ def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, An
 
     Args:
         options: What `parse_arguments` returns.
-        folder: Where the adapter goes, with ``--save``.
+        folder: Where the adapter goes, or the model without one, with ``--save``.
 
     Returns:
         Scores, sizes, seconds, and where the selected entries lie; all for JSON.
@@ -153,13 +183,16 @@ def trained_sizes(model: nn.Module) -> dict[str, int]:
 def saved_bytes(model: nn.Module, folder: Path | None) -> int | None:
     """Return the size of the adapter's weight file; None for a model without one.
 
-    The first process writes to the folder, if there is one.
+    The first process writes to the folder, if there is one; a model without an adapter
+    is saved whole.
     """
+    place = folder if is_first_process() else None
     if not hasattr(model, "peft_config"):
+        if place:
+            model.save_pretrained(str(place / "model"))
         return None
     with tempfile.TemporaryDirectory() as temporary:
-        is_kept = folder is not None and is_first_process()
-        target = folder / "adapter" if folder and is_kept else Path(temporary)
+        target = place / "adapter" if place else Path(temporary)
         model.save_pretrained(str(target))
         return (target / "adapter_model.safetensors").stat().st_size
 

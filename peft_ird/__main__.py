@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="write the model that an adapter makes")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder")
     merge.add_argument("output", type=Path, metavar="OUTPUT",
-                       help="folder for the model and its tokenizer")  # fmt: skip
+                       help="new folder for the model and its tokenizer")  # fmt: skip
     merge.set_defaults(run=_merge)
     return parser
 
@@ -149,19 +149,31 @@ def _plot(options: argparse.Namespace) -> str:
 def _merge(options: argparse.Namespace) -> str:
     config = _adapter_config(options.adapter)
     base = config.base_model_name_or_path
+    if base is None:
+        raise ValueError(
+            f"'{options.adapter}' names no base model, as that was made from a "
+            f"configuration. Save it, and write its folder into {_ADAPTER} as "
+            "`base_model_name_or_path`."
+        )
+    output: Path = options.output
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise ValueError(f"'{output}' is not empty. Name a new folder.")
     labels = _label_count(Path(options.adapter))
     kwargs = {}
-    if labels and labels != AutoConfig.from_pretrained(base).num_labels:
+    revision = {"revision": config.revision} if config.revision else {}
+    if labels and labels != AutoConfig.from_pretrained(base, **revision).num_labels:
         # The head that the base brings is replaced by the adapter's.
         kwargs = {"num_labels": labels, "ignore_mismatched_sizes": True}
     auto_class = _CLASSES.get(config.task_type, AutoPeftModel)
     model = auto_class.from_pretrained(options.adapter, **kwargs)
-    model.merge_and_unload().save_pretrained(str(options.output))
-    for source in (options.adapter, base):
+    model.merge_and_unload().save_pretrained(str(output))
+    for source, version in ((options.adapter, {}), (base, revision)):
         if _has_tokenizer(source):
-            AutoTokenizer.from_pretrained(source).save_pretrained(str(options.output))
-            return f"{options.output}, with its tokenizer"
-    return f"{options.output}, without a tokenizer: none was found"
+            AutoTokenizer.from_pretrained(source, **version).save_pretrained(
+                str(output)
+            )
+            return f"{output}, with its tokenizer"
+    return f"{output}, without a tokenizer: none was found"
 
 
 def _has_tokenizer(source: str) -> bool:

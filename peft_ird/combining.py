@@ -8,11 +8,7 @@ from functools import reduce
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.merge_utils import (
-    calculate_majority_sign_mask,
-    disjoint_merge,
-    magnitude_based_pruning,
-)
+from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 from torch import Tensor, nn
 
 from peft_ird.config import IRDConfig
@@ -44,8 +40,8 @@ class Combination:
         adapters: Names of the adapters.
         weights: One for each; may be negative.
         rule: One of `RULES`.
-        density: Share of each adapter's entries to keep, in (0, 1]; `"linear"` takes
-            them all.
+        density: Share of each parameter's entries to keep, in (0, 1], at least one;
+            `"linear"` takes them all.
         majority_sign_method: The majority by ``"total"`` value or ``"frequency"``.
 
     Raises:
@@ -79,7 +75,7 @@ class Combination:
         if self.rule in _PRUNES and (density is None or not 0 < density <= 1):
             raise ValueError(
                 f"`density` must be in (0, 1] for `combination_type={self.rule!r}`, "
-                f"the share of each adapter's entries to keep; got {density!r}."
+                f"the share of each parameter's entries to keep; got {density!r}."
             )
         if self.majority_sign_method not in {"total", "frequency"}:
             raise ValueError(
@@ -122,7 +118,9 @@ class Combination:
         if self.density is None or self.rule not in _PRUNES:
             return values
         if not self.rule.startswith("dare"):
-            return torch.as_tensor(magnitude_based_pruning(values, self.density))
+            count = max(1, int(self.density * len(values)))  # small biases have one
+            largest = values.abs().topk(count).indices
+            return torch.zeros_like(values).index_copy_(0, largest, values[largest])
         chance = torch.rand(len(values), generator=random).to(values.device)
         return torch.where(chance < self.density, values / self.density, 0.0)
 

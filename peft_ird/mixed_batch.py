@@ -14,6 +14,10 @@ from torch.utils._pytree import tree_map, tree_map_only
 __all__ = ["BASE", "by_sample", "handed_out"]
 
 BASE = "__base__"  # PEFT's name for no adapter
+_WRONG_LENGTH = (
+    "Length of `adapter_names` should be the same as the number of inputs, but got {} "
+    "and {} respectively."
+)
 
 
 @contextmanager
@@ -28,8 +32,8 @@ def handed_out(
         num_beams: How often the samples are repeated, but for an encoder.
 
     Raises:
-        ValueError: If the model is in training mode, an adapter is merged, or there is
-            none of such a name.
+        ValueError: If the model is in training mode, an adapter is merged, there is
+            none of such a name, or, inside, inputs have another number of samples.
     """
     if names is None:
         yield
@@ -39,6 +43,9 @@ def handed_out(
     inside = _encoder_modules(tuner.model)
     once, repeated = list(names), [n for n in names for _ in range(num_beams or 1)]
     with ExitStack() as hooks:
+        check = partial(_check_length, allowed=(len(once), len(repeated)))
+        handle = tuner.model.register_forward_pre_hook(check, with_kwargs=True)
+        hooks.callback(handle.remove)
         for module in modules:
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 given = once if module in inside else repeated
@@ -66,6 +73,16 @@ def _check(
             "Cannot pass `adapter_names` when there are merged adapters, please call "
             "`unmerge_adapter` first."
         )
+
+
+def _check_length(
+    _: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], allowed: Sequence[int]
+) -> None:
+    """Refuse a model's inputs that are of another number of samples."""
+    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    for each in given:
+        if isinstance(each, Tensor) and each.ndim and len(each) not in allowed:
+            raise ValueError(_WRONG_LENGTH.format(allowed[0], len(each)))
 
 
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:
@@ -158,7 +175,6 @@ def _check_size(tensor: Tensor, of: int, is_split: bool = False) -> None:
     if size in {1, of} or not (is_split or size % of):
         return
     raise ValueError(
-        "Length of `adapter_names` should be the same as the number of inputs, but got "
-        f"{of} and {size} respectively. Modules that take the samples in another form, "
-        "as all tokens in one dimension, cannot mix adapters."
+        f"{_WRONG_LENGTH.format(of, size)} Modules that take the samples in another "
+        "form, as all tokens in one dimension, cannot mix adapters."
     )

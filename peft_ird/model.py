@@ -194,7 +194,7 @@ class IRDModel(UnloadsNested):
             weights: One for each; may be negative.
             adapter_name: The new adapter.
             combination_type: The rule, see `Combination`; ``"linear"`` is exact.
-            density: Share of each adapter's entries that the other rules keep.
+            density: Share of each parameter's entries that the other rules keep.
             majority_sign_method: ``"total"`` or ``"frequency"``, for those with ties.
 
         Raises:

@@ -242,7 +242,7 @@ def combined_entries(
     kept = []
     for delta in deltas:
         by_size = sorted(delta.items(), key=lambda item: -abs(item[1]))
-        kept.append(dict(by_size[: int(density * len(delta))]))
+        kept.append(dict(by_size[: max(1, int(density * len(delta)))]))
     if rule == "linear":
         kept = list(deltas)
     found = {}

@@ -143,6 +143,24 @@ def test_merge_brings_the_tokenizer_along(tmp_path, capsys):
     assert again.get_vocab() == {"a": 0, "b": 1}
 
 
+def test_nothing_is_merged_over_what_is_there(tmp_path, capsys):
+    make_adapter(tmp_path / "a", make_model("bert"), tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    for there in ("a", "base", "base/model.safetensors"):
+        assert main(["merge", str(tmp_path / "a"), str(tmp_path / there)]) == 1
+        assert "is not empty. Name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    (tmp_path / "new").mkdir()
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "new")]) == 0
+
+
+def test_an_adapter_without_a_base_model_is_not_merged(tmp_path, capsys):
+    settings = IRDConfig(method="random", density=0.01)
+    get_peft_model(make_model("bert"), settings).save_pretrained(tmp_path / "a")
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "merged")]) == 1
+    assert "names no base model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.merge_utils import ties
+from torch import nn
 from torch.testing import assert_close
 
 from peft_ird import IRDConfig
@@ -69,6 +70,18 @@ def test_entries_are_combined_one_by_one(name, rule, majority):
         assert list(found) == list(expected)
         assert list(found.values()) == pytest.approx(list(expected.values()))
     assert {adapter: entries(model, adapter) for adapter in ADAPTERS} == before
+
+
+@pytest.mark.parametrize("rule", ["magnitude_prune", "ties"])
+def test_the_only_entry_of_a_parameter_is_kept(rule):
+    base = nn.Linear(6, 4)
+    options = {"method": "random", "budget": 2, "init_weights": False}
+    options |= {"target_modules": ["0"], "scope": "per_module"}
+    model = get_peft_model(nn.Sequential(base), IRDConfig(**options), "one")
+    model.add_adapter("two", IRDConfig(seed=1, **options))
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "all", rule, 0.4)
+    found = entries(model, "all")
+    assert all(any(values.values()) for values in found.values())
 
 
 def test_a_sum_computes_what_the_adapters_compute_together(name):

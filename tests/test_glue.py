@@ -155,6 +155,12 @@ def test_a_budget_below_one_rank_is_refused(load):
         load("methods").fitting_ranks(targets([(4, 4)]), 7)
 
 
+def few_samples(load, method):
+    """Options that the tiny data sets allow, where a method has any."""
+    has_options = method in load("methods").IRD_METHODS
+    return ["--options", '{"num_samples":8}'] if has_options else []
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # peers'
 def test_every_method_trains_within_the_budget(load, tmp_path):
@@ -165,13 +171,17 @@ def test_every_method_trains_within_the_budget(load, tmp_path):
     for method in load("methods").METHODS:
         options = run_glue.parse_arguments(
             f"--task sst2 --method {method} --data-dir {data} --model {model} "
-            "--budget 100 --epochs 1 --max-train 32 --held-out 8 --lr 1e-3 "
-            f'--options {{"num_samples":8}} --output-dir {tmp_path}'.split()
+            "--budget 100 --epochs 1 --max-train 32 --held-out 8 --lr 1e-3 --save "
+            f"--output-dir {tmp_path}".split()
+            + few_samples(load, method)
         )
         before = torch.random.get_rng_state()
         result = run_glue.run(options, tmp_path / method)
         torch.random.set_rng_state(before)
         json.dumps(result)
+        has_adapter = method not in {"full", "head-only"}
+        assert (tmp_path / method / "adapter").is_dir() == has_adapter
+        assert (tmp_path / method / "model").is_dir() != has_adapter
         entries = result["entries"]
         if method not in sized_by_itself:
             assert 100 - 32 < entries <= 100, method
@@ -211,7 +221,8 @@ def test_a_decoder_is_trained(load, tmp_path, kind):
         options = run_glue.parse_arguments(
             f"--task cola --method {method} --data-dir {data} --model {model} "
             "--budget 100 --epochs 1 --max-train 32 --held-out 8 "
-            f'--options {{"num_samples":8}} --output-dir {tmp_path}'.split()
+            f"--output-dir {tmp_path}".split()
+            + few_samples(load, method)
         )
         assert 0 < run_glue.run(options)["entries"] <= 100
 
@@ -324,6 +335,41 @@ def test_every_method_has_a_rate_of_its_own(load):
         assert run_glue.parse_arguments(given).lr == rate
         assert rate in experiment.LADDER
     assert run_glue.parse_arguments([*given, "--lr", "0.5"]).lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--budget 0", "must be at least 1, got 0"),
+        ("--max-train -3", "must be at least 1, got -3"),
+        ("--held-out -1", "must be at least 0, got -1"),
+        ("--rank 2", "--rank is for LoRA, not for --method ird"),
+        ('--method lora --options {"scope":"global"}', "not for lora"),
+        ('--options {"bogus":1}', "bogus: not among the options"),
+        ('--options {"seed":1,"scope":"global"}', "seed: not among"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(load, arguments, message, capsys):
+    run_glue = load("run_glue")
+    with pytest.raises(SystemExit):
+        run_glue.parse_arguments(["--task", "rte", "--model", "m", *arguments.split()])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ird-method typo", "invalid choice: 'typo'"),
+        ('--ird-options {"bogus":1}', "bogus: not among the options"),
+        ("--lr 0.1", "--lr: set by this script"),
+        ("--held-out 0", "must be at least 1"),
+    ],
+)
+def test_a_comparison_complains_before_it_trains(load, arguments, message, capsys):
+    given = ["--task", "rte", "--model", "m", *arguments.split()]
+    with pytest.raises(SystemExit):
+        load("compare_lora").parse_arguments(given)
+    assert message in capsys.readouterr().err
 
 
 # ---- experiments

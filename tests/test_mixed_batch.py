@@ -126,6 +126,20 @@ def test_names_that_do_not_fit_are_refused_as_in_lora(names, message):
             model(**batch, adapter_names=names)
 
 
+@pytest.mark.parametrize("names", [[], ["one"], ["one", "one"], ["one"] * 6])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_names_must_be_one_for_each_sample(kind, names):
+    model, batch = with_two(kind), make_batch(kind)
+    message = f"number of inputs, but got {len(names)} and 3"
+    with pytest.raises(ValueError, match=message):
+        model(**batch, adapter_names=names)
+    if kind == "gpt2":
+        with pytest.raises(ValueError, match=message):
+            model.generate(
+                input_ids=batch["input_ids"], adapter_names=names, max_new_tokens=2
+            )
+
+
 def test_no_hook_is_left_behind_by_an_error():
     model, batch = with_two("bert"), make_batch("bert")
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]

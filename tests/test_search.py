@@ -6,7 +6,9 @@ import signal
 import sys
 from dataclasses import replace
 from functools import partial
+from types import FunctionType, ModuleType
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -23,7 +25,7 @@ from peft_ird import (
 )
 from peft_ird.search.halving import survivors
 from peft_ird.search.outcome import CellRecord
-from peft_ird.search.workers import _settle_in
+from peft_ird.search.workers import Workers, _only_visible
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.schedule import Cell
 from tests.conftest import make_batch, make_model, make_samples
@@ -128,6 +130,8 @@ def test_other_methods_select_every_cell_by_themselves(tmp_path, method):
         densities = [density for _, density in CELLS]
         cells = [c for n, c in enumerate(CELLS) if c[1] not in densities[:n]]
         assert len(cells) < len(CELLS)
+        few = run(tmp_path / "few", Evaluate(), config(method=method), data._rows()[:2])
+        assert list(few.cells) == cells
     assert list(result.cells) == cells
     for (samples, density), found in zip(cells, result.selections, strict=True):
         alone = IRDConfig(
@@ -257,6 +261,41 @@ def test_the_settings_of_the_evaluation_count(tmp_path):
         run(tmp_path, Described(score=0.6))
 
 
+def test_a_digest_tells_sizes_and_arrays():
+    constant = [Calibration([{"x": 1}] * size).digest() for size in (1601, 1615)]
+    assert constant[0] != constant[1]
+    arrays = [Calibration([{"x": np.full(3, value)}]).digest() for value in (1, 1, 2)]
+    assert arrays[0] == arrays[1] != arrays[2]
+    numbers = [Calibration([{"x": np.int64(value)}]).digest() for value in (1, 2)]
+    assert numbers[0] != numbers[1]
+
+
+def one_way(_):
+    return 1.0
+
+
+def another_way(_):
+    return 2.0
+
+
+def test_functions_count_by_their_names(tmp_path):
+    data = {"data": make_samples("bert")}
+    run(tmp_path, one_way, **data)
+    with pytest.raises(ValueError, match=r"evaluate\.name is '.*one_way' there"):
+        run(tmp_path, another_way, **data)
+    with pytest.raises(ValueError, match=r"data\.loss is None there, '.*one_way' here"):
+        run(tmp_path, one_way, data=Calibration(data["data"], loss=one_way))
+    with pytest.raises(ValueError, match=r"data\.collate_fn is None there"):
+        run(tmp_path, one_way, data=Calibration(data["data"], partial(one_way)))
+
+
+def test_a_search_that_could_not_select_leaves_its_place(tmp_path):
+    with pytest.raises(ValueError, match="200"):
+        run(tmp_path, Evaluate(), config(num_ranked_samples=200))
+    result = run(tmp_path, Evaluate(), config(num_ranked_samples=12))
+    assert None not in result.scores
+
+
 def test_a_model_that_is_drawn_anew_is_refused(tmp_path):
     seeds = iter(range(100))
     with pytest.raises(ValueError, match="same weights each time"):
@@ -280,6 +319,54 @@ def test_outcomes_are_kept_whole(tmp_path):
     result = run(tmp_path, lambda _: given)
     assert set(map(repr, result.outcomes)) == {repr(given)}
     assert result.total_steps == 400
+
+
+def test_outcomes_may_hold_arrays_and_tensors(tmp_path):
+    scores = iter([9.5, 10.5, 8.0, 1.0])
+
+    def evaluate(_):
+        score = np.float32(next(scores))
+        return Outcome(
+            score, torch.tensor(score), None, np.int64(7), {"f1": np.ones(2)},
+            np.bool_(False), torch.tensor(0.5),
+        )  # fmt: skip
+
+    result = run(tmp_path, evaluate)
+    assert result.scores == (9.5, 10.5, 8.0, 1.0)
+    assert result.best.cell == (4, 0.1)
+    assert result.total_steps == 28
+    expected = Outcome(10.5, 10.5, result.outcomes[1].seconds, 7, {"f1": [1.0, 1.0]})
+    assert result.outcomes[1] == replace(expected, promise=0.5)
+    with pytest.raises(ValueError, match="could not convert"):
+        Outcome("good")
+
+
+def test_an_evaluation_may_end_by_freezing_the_model(tmp_path):
+    trains = Evaluate(trains=True)
+
+    def freezing(model):
+        score = trains(model)
+        model.requires_grad_(False)
+        return score
+
+    result = run(tmp_path, freezing)
+    assert not result.errors
+    assert (result.best_adapter / "adapter_model.safetensors").is_file()
+
+
+def test_an_evaluation_that_merges_keeps_its_score(tmp_path, caplog):
+    trains = Evaluate(trains=True)
+
+    def merging(model):
+        score = trains(model)
+        model.merge_and_unload()
+        return score
+
+    result = run(tmp_path, merging)
+    assert not result.errors
+    assert "has taken the adapter out of the model" in caplog.text
+    with pytest.raises(ValueError, match="no trained adapter"):
+        _ = result.best_adapter
 
 
 def test_the_best_adapter_is_the_trained_one(tmp_path):
@@ -326,6 +413,7 @@ def test_the_data_of_the_config_is_the_default(tmp_path):
         ({"halving": SuccessiveHalving()}, TypeError, "`halving` needs an evaluation"),
         ({"settings": config(method="bias")}, ValueError, "no cells to search"),
         ({"data": make_samples("bert", 3)}, ValueError, "`calibration` has 3"),
+        ({"evaluate": None}, TypeError, "must be a function of a model"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(
@@ -373,6 +461,7 @@ def test_a_cell_whose_process_dies_has_failed(tmp_path):
     assert [score is None for score in result.scores] == [False, True]
     (failure,) = result.errors.values()
     assert failure.type == "BrokenProcessPool"
+    assert 'needs `if __name__ == "__main__":`' in failure.message
 
 
 def ladder(counts, scores):
@@ -409,14 +498,44 @@ def test_a_cell_that_failed_goes_no_further():
 
 @pytest.mark.parametrize(
     ("device", "visible", "expected"),
-    [("cuda:1", None, "1"), ("cuda:1", "4,7", "7"), ("cuda", "4,7", "4")],
+    [
+        ("cuda:1", None, "1"),
+        ("cuda:1", "4,7", "7"),
+        ("cuda", "4,7", "4"),
+        ("cpu", "4,7", ""),
+        ("cpu", None, ""),
+        (None, "4,7", "4,7"),
+    ],
 )
-def test_a_process_sees_its_own_gpu_only(monkeypatch, device, visible, expected):
+def test_a_process_is_born_to_see_its_own_gpu_only(
+    monkeypatch, device, visible, expected
+):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    _settle_in(device, torch.get_num_threads())
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    with _only_visible(device):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+def test_devices_may_be_names_or_torch_devices():
+    assert Workers(devices=[torch.device("cpu"), "cpu"])._slots == ["cpu", "cpu"]
+    with pytest.raises(TypeError, match=r"must be a list, as \['cpu'\]"):
+        Workers(devices="cpu")
+
+
+def test_what_a_notebook_defines_is_not_sent_away(monkeypatch):
+    notebook = ModuleType("__main__")
+    evaluate = FunctionType((lambda _: 1.0).__code__, {}, "evaluate")
+    evaluate.__module__ = "__main__"
+    evaluate.__qualname__ = "evaluate"
+    notebook.evaluate = evaluate
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    Workers().check(evaluate=evaluate)
+    with pytest.raises(ValueError, match="`evaluate` is defined in a notebook"):
+        Workers(2).check(evaluate=evaluate)
+    notebook.__file__ = "script.py"
+    Workers(2).check(evaluate=evaluate)
 
 
 def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """Scores by fine-tuning: what is held out, when training stops, and how it goes on."""
 
 import pickle
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -24,6 +26,7 @@ from peft_ird import (
 from peft_ird.search.halving import Rung, survivors
 from peft_ird.search.outcome import CellRecord
 from peft_ird.search.stopping import BestWeights
+from peft_ird.search.trainer import CellTrainer
 from peft_ird.selection.schedule import Cell
 from tests.conftest import make_model
 from tests.test_trainer import arguments, toy_task
@@ -62,7 +65,10 @@ def equal(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
-@pytest.mark.parametrize(("held_out", "count"), [(0.1, 8), (0.25, 20), (7, 7), (1, 1)])
+@pytest.mark.parametrize(
+    ("held_out", "count"),
+    [(0.1, 8), (0.25, 20), (np.float32(0.1), 8), (7, 7), (1, 1), (np.int64(7), 7)],
+)
 def test_what_is_held_out_is_not_trained_on(tmp_path, held_out, count):
     train, held = stock(tmp_path, held_out=held_out).positions()
     assert sorted(train + held) == list(range(80))
@@ -124,7 +130,9 @@ def test_of_several_datasets_the_mean_is_reported(tmp_path):
     together = stock(tmp_path, parts)
     alone = [stock(tmp_path, part)(adapted()).reported for part in parts.values()]
     assert alone[0] != alone[1]
-    assert together(adapted()).reported == pytest.approx(sum(alone) / 2)
+    outcome = together(adapted())
+    assert outcome.reported == pytest.approx(sum(alone) / 2)
+    assert [outcome.metrics[f"{name}_accuracy"] for name in parts] == alone
     renamed = stock(tmp_path, {"matched": more[:10], "other": more[10:]})
     assert renamed.settings()["eval_data"] != together.settings()["eval_data"]
 
@@ -153,19 +161,76 @@ def test_the_metric_is_found_with_and_without_its_prefix(tmp_path):
     assert outcomes[0].score == outcomes[1].score
 
 
-def test_an_unknown_metric_says_which_there_are(tmp_path):
+def test_an_unknown_metric_says_which_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "train", None)  # not after a training
     with pytest.raises(ValueError, match=r"'f1'.* returned accuracy, .*loss"):
         stock(tmp_path, metric="f1")(adapted())
 
 
 def test_a_metric_that_is_to_be_small_is_negated(tmp_path):
-    outcome = stock(tmp_path, metric="loss")(adapted())
+    shown = toy_task("bert", 90)[80:]
+    evaluate = stock(tmp_path, {"a": shown}, metric="loss")
+    outcome = evaluate(adapted())
     assert outcome.score == -outcome.metrics["eval_loss"] < 0
+    assert outcome.reported == -outcome.metrics["a_loss"] < 0
     outcome = stock(tmp_path, greater_is_better=False)(adapted())
     assert outcome.score == -outcome.metrics["eval_accuracy"]
+
+    def is_greater_better(**options):
+        return stock(tmp_path, **options).settings()["greater_is_better"]
+
     arguments_ = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
-    assert stock(tmp_path, metric="loss", arguments_=arguments_).greater_is_better
-    assert stock(tmp_path, arguments_=arguments_).greater_is_better
+    assert is_greater_better(metric="loss", arguments_=arguments_)
+    assert is_greater_better(arguments_=arguments_)
+    other = replace(stock(tmp_path), metric="loss")
+    assert not other.settings()["greater_is_better"]
+
+
+@pytest.mark.parametrize("metrics", [None, accuracy])
+def test_logits_are_kept_only_for_metrics(tmp_path, metrics, monkeypatch):
+    seen = []
+    predict = CellTrainer.predict
+
+    def noting(self, *args, **kwargs):
+        found = predict(self, *args, **kwargs)
+        seen.append(found.predictions is not None)
+        return found
+
+    monkeypatch.setattr(CellTrainer, "predict", noting)
+    stock(tmp_path, compute_metrics=metrics, metric="loss")(adapted())
+    assert set(seen) == {metrics is not None}
+
+
+def test_logits_are_preprocessed(tmp_path):
+    def largest(logits, _):
+        return logits.argmax(-1)
+
+    def hits(prediction):
+        return {
+            "accuracy": float((prediction.predictions == prediction.label_ids).mean())
+        }
+
+    evaluate = stock(
+        tmp_path, compute_metrics=hits, preprocess_logits_for_metrics=largest
+    )
+    assert evaluate(adapted()).score == stock(tmp_path)(adapted()).score
+
+
+def test_every_held_out_sample_is_scored(tmp_path):
+    sizes = []
+
+    def counting(prediction):
+        sizes.append(len(prediction.label_ids))
+        return accuracy(prediction)
+
+    batches = {"dataloader_drop_last": True, "per_device_eval_batch_size": 4}
+    stock(
+        tmp_path, compute_metrics=counting, held_out=6,
+        arguments_={"eval_strategy": "steps", "eval_steps": 4, **batches},
+    )(adapted())  # fmt: skip
+    first, *others = sizes
+    assert first == 4  # whether there is such a metric
+    assert others == [6] * 4
 
 
 def stops_after(scores, patience, threshold):
@@ -217,7 +282,8 @@ class Script(TrainerCallback):
 
 def test_the_best_weights_are_scored(tmp_path, monkeypatch):
     """The metric falls after the second evaluation; training stops two later."""
-    script, scores = Script(), iter([0.4, 0.8, 0.6, 0.5, 0.9, 0.9])
+    first = 0.0  # before training, to see that there is such a metric
+    script, scores = Script(), iter([first, 0.4, 0.8, 0.6, 0.5, 0.9, 0.9])
     build = TrainerEvaluate._trainer
 
     def with_script(self, model, folder, best):
@@ -273,12 +339,21 @@ STRATEGIES = {
     "none": {},
     "epoch": {"eval_strategy": "epoch"},
     "steps": {"eval_strategy": "steps", "eval_steps": 4},
+    "start": {"eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True},
+    "skip": {"ignore_data_skip": True},
 }
 
 
 @pytest.mark.parametrize(
     ("strategy", "pauses"),
-    [("none", (4, 10)), ("epoch", (5, 9)), ("epoch", (4, 10)), ("steps", (4, 10))],
+    [
+        ("none", (4, 10)),
+        ("epoch", (5, 9)),
+        ("epoch", (4, 10)),
+        ("steps", (4, 10)),
+        ("start", (4, 10)),
+        ("skip", (4, 10)),
+    ],
 )
 def test_going_on_gives_the_weights_of_an_uninterrupted_training(
     tmp_path, strategy, pauses
@@ -300,9 +375,21 @@ def test_going_on_gives_the_weights_of_an_uninterrupted_training(
     assert outcome.score == whole.score
 
 
+def test_an_evaluation_at_the_start_is_not_repeated(tmp_path):
+    evaluate = stock(
+        tmp_path / "home", patience=2, greater_is_better=False, threshold=2.0,
+        compute_metrics=lambda _: {"accuracy": 1.0},
+        arguments_={**STRATEGIES["start"], "max_steps": 12},
+    )  # fmt: skip
+    assert evaluate(adapted()).steps == 8
+    first = evaluate.advance(adapted(), 2, None, tmp_path / "pause")
+    assert (first.steps, first.stopped) == (2, False)
+    assert evaluate.advance(adapted(), 12, tmp_path / "pause").steps == 8
+
+
 def test_patience_is_kept_across_a_pause(tmp_path):
     def scored(*scores):
-        script = iter(scores)
+        script = iter((0.0, *scores))  # one before training
         return stock(
             tmp_path / "home", patience=3,
             compute_metrics=lambda _: {"accuracy": next(script)},
@@ -453,6 +540,26 @@ def test_a_cell_that_fails_in_a_rung_leaves_its_place_to_the_others(tmp_path):
     again = halved(tmp_path, Toy())
     assert not again.errors
     assert again.best.cell == (8, 0.1)
+
+
+def test_the_place_of_the_last_cell_is_taken_if_that_fails(tmp_path):
+    toy = Toy(fails=[10])  # the best cell, on its way to the end
+    result = halved(tmp_path, toy)
+    assert list(result.errors) == [(8, 0.1)]
+    assert result.best.cell == (8, 0.08)
+    assert result.best.outcome.steps == 40
+    assert toy.calls[-1][1:] == (toy.calls[-2][1], 40)  # it goes on where it was
+    again = halved(tmp_path, Toy())
+    assert not again.errors
+    assert again.best.cell == (8, 0.1)
+    assert not list(tmp_path.glob("rung-*"))
+
+
+def test_a_failed_cell_is_not_the_best(tmp_path):
+    toy = Toy(fails=range(10, 99))
+    result = halved(tmp_path, toy)
+    assert len(result.errors) == 2
+    assert result.best.failure is None or result.best.rung == 3
 
 
 def test_a_training_that_has_ended_is_not_gone_on_with(tmp_path):

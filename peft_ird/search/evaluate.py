@@ -7,17 +7,20 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Subset
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
-from peft_ird.search.outcome import Outcome
+from peft_ird.search.outcome import Outcome, name_of
 from peft_ird.search.stopping import BestWeights, PauseAt, named_metric
+from peft_ird.search.trainer import CellTrainer
 from peft_ird.selection.calibration import Calibration
+from peft_ird.selection.randomness import own_randomness
 
 __all__ = ["TrainerEvaluate"]
 
@@ -51,20 +54,22 @@ class TrainerEvaluate:
         training_args: The Trainer's arguments.
         train_dataset: The training set, with a length.
         eval_dataset: The data to report on; of several, by name, the mean is
-            reported, as of MNLI's two.
-        compute_metrics: As for the Trainer.
+            reported, as of MNLI's two, and each is among the outcome's metrics.
+        compute_metrics: As for the Trainer; without it nothing but the loss is kept of
+            an evaluation.
         metric: The metric to choose by, with or without "eval_" in front.
         data_collator: As for the Trainer.
         processing_class: As for the Trainer, for example a tokenizer.
+        preprocess_logits_for_metrics: As for the Trainer.
         held_out: Share of the training set in (0, 1), or number of its samples, that
             cells are chosen on. 0 or None chooses on ``eval_dataset``, so that what
             is reported is the best of several tries on the same data: optimistic.
         seed: Seed of that draw.
         patience: Evaluations without gain before training stops; None for never.
         threshold: What the metric must have passed before training stops early.
-        greater_is_better: Whether the metric is to be large; the score of one that is
-            to be small is its negative. Default: what ``training_args`` say of it, else
-            yes unless its name ends in "loss".
+        greater_is_better: Whether the metric is to be large; score and report of one
+            that is to be small are its negative. Default: what ``training_args`` say of
+            it, else yes unless its name ends in "loss".
 
     Raises:
         ValueError: If there is nothing or more than one dataset to choose on, or
@@ -83,6 +88,7 @@ class TrainerEvaluate:
     patience: int | None = 10
     threshold: float = 0.3
     greater_is_better: bool | None = None
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.held_out and self.eval_dataset is None:
@@ -96,8 +102,6 @@ class TrainerEvaluate:
                 f"{', '.join(map(repr, self.eval_dataset))}. Pass one of them, or "
                 "choose on a part of `train_dataset`, by `held_out`."
             )
-        if self.greater_is_better is None:
-            self.greater_is_better = self._is_greater_better()
         self.positions()
 
     @property
@@ -117,9 +121,14 @@ class TrainerEvaluate:
         plain = ("metric", "held_out", "seed", "patience", "threshold")
         arguments = self.training_args.to_dict()
         shown = {name: Calibration(d).digest() for name, d in self._shown().items()}
+        parts = (
+            "compute_metrics", "data_collator", "preprocess_logits_for_metrics",
+            "processing_class",
+        )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in plain},
-            "greater_is_better": self.greater_is_better,
+            **{name: name_of(getattr(self, name)) for name in parts},
+            "greater_is_better": self._is_greater_better(),
             "train_data": Calibration(self.train_dataset).digest(),
             "eval_data": shown.get("", shown or None),
             "training_args": {k: v for k, v in arguments.items() if k not in _INERT},
@@ -139,9 +148,9 @@ class TrainerEvaluate:
         available = len(self.train_dataset)
         if not self.held_out:
             return list(range(available)), []
-        count = self.held_out
-        if isinstance(count, float):
-            count = max(1, round(count * available)) if 0 < count < 1 else 0
+        count: Any = self.held_out
+        if not isinstance(count, Integral):
+            count = max(1, round(float(count) * available)) if 0 < count < 1 else 0
         if not 0 < count < available:
             raise ValueError(
                 "`held_out` must be a share in (0, 1) or a number of samples below "
@@ -181,13 +190,19 @@ class TrainerEvaluate:
             reported is scored at the end only.
         """
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=self._home(), prefix="cell-") as spare:
+        home = Path(self.training_args.output_dir)
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=str(home), prefix="cell-") as spare:
             checkpoint = resume_from and next(resume_from.glob("checkpoint-*"))
             best = BestWeights(
-                self.metric, bool(self.greater_is_better), self.patience,
-                self.threshold, checkpoint,
+                self.metric, self._is_greater_better(), self.patience, self.threshold,
+                checkpoint,
             )  # fmt: skip
             trainer = self._trainer(model, save_to or Path(spare), best)
+            if checkpoint is None:
+                self._check_metric(trainer)
+            else:  # an evaluation at the start has been
+                trainer.args.eval_on_start = False
             if save_to is not None:
                 trainer.add_callback(PauseAt(until))
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -196,28 +211,36 @@ class TrainerEvaluate:
             return self._scored(trainer, best.stopped, is_last, start)
 
     def _scored(
-        self, trainer: Trainer, stopped: bool, is_last: bool, start: float
+        self, trainer: CellTrainer, stopped: bool, is_last: bool, start: float
     ) -> Outcome:
-        trainer.args.dataloader_drop_last = False  # it would leave samples out
         steps = trainer.state.global_step
-        metrics = trainer.predict(
-            trainer.eval_dataset, metric_key_prefix="eval"
-        ).metrics
-        value = named_metric(metrics, self.metric)
-        reported: float | None = None if self.held_out else value
-        if is_last and self.held_out and self._shown():
-            found = [
-                named_metric(
-                    trainer.predict(rows, metric_key_prefix="eval").metrics, self.metric
-                )
-                for rows in self._shown().values()
-            ]
-            reported = statistics.mean(found)
-        seconds = time.perf_counter() - start
-        score = value if self.greater_is_better else -value
+        metrics = trainer.scores(trainer.eval_dataset)
+        sign = 1 if self._is_greater_better() else -1
+        score = sign * named_metric(metrics, self.metric)
+        reported: float | None = None if self.held_out else score
         # A metric that counts is still at chance when the loss tells cells apart.
         promise = -metrics["eval_loss"] if "eval_loss" in metrics else None
+        if is_last and self.held_out and self._shown():
+            found = {
+                name: named_metric(trainer.scores(rows), self.metric)
+                for name, rows in self._shown().items()
+            }
+            reported = sign * statistics.mean(found.values())
+            metrics |= {f"{n}_{self.metric}": v for n, v in found.items() if n}
+        seconds = time.perf_counter() - start
         return Outcome(score, reported, seconds, steps, metrics, stopped, promise)
+
+    def _check_metric(self, trainer: CellTrainer) -> None:
+        """Score a batch of each dataset, lest a wrong name is noticed after training.
+
+        Raises:
+            ValueError: If an evaluation does not return the metric.
+        """
+        size = trainer.args.eval_batch_size
+        for rows in (trainer.eval_dataset, *self._shown().values()):
+            few = _rows(rows, list(range(min(size, len(rows)))))
+            with own_randomness(self.seed):
+                named_metric(trainer.scores(few), self.metric)
 
     def _shown(self) -> Mapping[str, Any]:
         """Return the datasets to report on, by name; a single one has none."""
@@ -225,10 +248,12 @@ class TrainerEvaluate:
             return self.eval_dataset or {}
         return {"": self.eval_dataset}
 
-    def _trainer(self, model: nn.Module, folder: Path, best: BestWeights) -> Trainer:
+    def _trainer(
+        self, model: nn.Module, folder: Path, best: BestWeights
+    ) -> CellTrainer:
         held_out = self.positions()[1]
         chosen_on = _rows(self.train_dataset, held_out) if held_out else None
-        trainer = Trainer(
+        trainer = CellTrainer(
             model=model,
             args=self._arguments(folder),
             train_dataset=self.training_rows,
@@ -236,6 +261,7 @@ class TrainerEvaluate:
             compute_metrics=self.compute_metrics,
             data_collator=self.data_collator,
             processing_class=self.processing_class,
+            preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
             callbacks=[best],
         )
         trainer.remove_callback(PrinterCallback)  # a search has its own progress bar
@@ -246,6 +272,10 @@ class TrainerEvaluate:
         given = self.training_args
         arguments = replace(
             given,
+            prediction_loss_only=(
+                given.prediction_loss_only or self.compute_metrics is None
+            ),
+            ignore_data_skip=False,
             output_dir=str(folder),
             save_strategy="no",
             save_only_model=False,
@@ -256,17 +286,14 @@ class TrainerEvaluate:
         return arguments
 
     def _is_greater_better(self) -> bool:
+        if self.greater_is_better is not None:
+            return self.greater_is_better
         args = self.training_args
         named = (args.metric_for_best_model or "").removeprefix("eval_")
         says = args.greater_is_better
         if says is not None and named == self.metric.removeprefix("eval_"):
             return bool(says)
         return not self.metric.endswith("loss")
-
-    def _home(self) -> str:
-        home = Path(self.training_args.output_dir)
-        home.mkdir(parents=True, exist_ok=True)
-        return str(home)
 
 
 def _rows(data: Any, positions: list[int]) -> Any:

@@ -32,8 +32,8 @@ class CellFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / "adapter"
+        self.record = path / "outcome.json"
         self._selection = path / "selection.safetensors"
-        self._record = path / "outcome.json"
 
     @property
     def is_selected(self) -> bool:
@@ -57,7 +57,7 @@ class CellFolder:
 
     def read(self) -> CellRecord:
         """Return what is known of the cell."""
-        facts = json.loads(self._record.read_text("utf-8"))
+        facts = json.loads(self.record.read_text("utf-8"))
         failure = facts["failure"]
         return CellRecord(
             Cell(*facts["cell"]),
@@ -72,7 +72,7 @@ class CellFolder:
         Args:
             record: What is known.
         """
-        _write_json(self._record, asdict(record))
+        _write_json(self.record, asdict(record))
 
     def rung(self, number: int) -> Path:
         """Return where a training waits that stopped at a rung.
@@ -127,6 +127,8 @@ class SearchFolder:
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Write down the settings, or check that they are those of the search in it.
 
+        One that has not selected anything yet leaves its place.
+
         Args:
             settings: Anything that JSON holds.
 
@@ -134,7 +136,10 @@ class SearchFolder:
             ValueError: If a search with other settings is in it; the differences are
                 named.
         """
-        if not self._settings.is_file():
+        has_begun = self._settings.is_file() and any(
+            c.is_selected for c in self.cells()
+        )
+        if not has_begun:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_json(self._settings, {"format": _FORMAT, **settings})
             return

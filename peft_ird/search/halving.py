@@ -1,7 +1,7 @@
 """Successive halving: short trainings for all cells, long ones for the best."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -88,16 +88,23 @@ class SuccessiveHalving:
         return (*rungs, Rung(last, total_steps))
 
 
-def survivors(records: Sequence[CellRecord], rungs: Sequence[Rung]) -> list[int]:
+def survivors(
+    records: Sequence[CellRecord],
+    rungs: Sequence[Rung],
+    failed: Collection[int] = (),
+) -> list[int]:
     """Return the numbers of the cells that come to the last of these rungs.
 
     Args:
         records: What is known of all cells.
         rungs: The rungs so far; all but the last have been trained for.
+        failed: Cells that have failed on the way to the last one.
     """
     alive = list(range(len(records)))
     for number, rung in enumerate(rungs[1:]):
         scored = [i for i in alive if records[i].rung > number]
+        if number == len(rungs) - 2:
+            scored = [i for i in scored if i not in failed]
         ranked = sorted(scored, key=lambda i: records[i].promise(number), reverse=True)
         alive = sorted(ranked[: rung.cells])
     return alive

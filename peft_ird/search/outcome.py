@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_ird.selection.schedule import Cell
 
-__all__ = ["CellRecord", "Evaluate", "Failure", "Outcome", "Resumable"]
+__all__ = ["CellRecord", "Evaluate", "Failure", "Outcome", "Resumable", "name_of"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,17 @@ class Outcome:
 
     Args:
         score: What cells are chosen by; higher is better.
-        reported: The score on data that nothing was chosen on, to be reported.
+        reported: The score on data that nothing was chosen on, to be reported; higher
+            is better, too.
         seconds: Duration of training and scoring; the search measures it if it is None.
         steps: Training steps that the cell has had by now.
-        metrics: Further numbers, kept as they are.
+        metrics: Further numbers and texts; arrays and tensors are kept as lists.
         stopped: Whether training ended by itself, so that going on changes nothing.
         promise: What cells go on by where this is not the end of training, if not by
             ``score``; higher is better.
+
+    Raises:
+        ValueError: If one of these is no number.
     """
 
     score: float
@@ -36,6 +40,38 @@ class Outcome:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     stopped: bool = False
     promise: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, kind(value))
+        metrics = {name: _plain(value) for name, value in self.metrics.items()}
+        object.__setattr__(self, "metrics", metrics)
+
+
+_KINDS = {
+    "score": float, "reported": float, "seconds": float, "steps": int, "stopped": bool,
+    "promise": float,
+}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or list in the place of a NumPy or torch one."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def name_of(part: Any) -> str | None:
+    """Return where a function, class or the class of an object is defined.
+
+    Args:
+        part: A function, partial function, class or object; None has no name.
+    """
+    if part is None:
+        return None
+    part = getattr(part, "func", part)
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 class Evaluate(Protocol):

@@ -192,7 +192,8 @@ class SearchResult:
             failures = list(self.errors.values())
             why = f" The first error: {failures[0].message}" if failures else ""
             raise ValueError(f"No cell has a score.{why}")
-        numbers = [i for i, r in enumerate(self.records) if r.rung == furthest]
+        there = [i for i, r in enumerate(self.records) if r.rung == furthest]
+        numbers = [i for i in there if self.records[i].failure is None] or there
         return max(numbers, key=lambda i: self.records[i].merit())
 
 

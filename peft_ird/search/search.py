@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from peft_ird.config import IRDConfig
 from peft_ird.search.folder import SearchFolder
 from peft_ird.search.halving import Rung, SuccessiveHalving, survivors
-from peft_ird.search.outcome import Evaluate, Resumable
+from peft_ird.search.outcome import Evaluate, Resumable, name_of
 from peft_ird.search.result import SearchResult
 from peft_ird.search.staircase import cell_config, find_cells, select_cells
 from peft_ird.search.trial import Trial, weight_digest
@@ -41,7 +42,7 @@ def search(
     *,
     halving: SuccessiveHalving | None = None,
     workers: int | None = None,
-    devices: Sequence[str] | None = None,
+    devices: Sequence[str | torch.device] | None = None,
     memory_limit: int | None = None,
 ) -> SearchResult:
     """Evaluate every cell of the config's schedule, and say which is best.
@@ -65,7 +66,8 @@ def search(
             threads; a script that asks for them needs ``if __name__ == "__main__":``.
             Default: one for each device; without ``devices`` none, the cells are
             evaluated here, one after another.
-        devices: Devices of these processes, as ``["cuda:0", "cuda:1"]``.
+        devices: Devices of these processes, as ``["cuda:0", "cuda:1"]``. Selection
+            itself is done here, where ``model_init`` puts the model.
         memory_limit: As for `select_parameters`.
 
     Returns:
@@ -74,8 +76,13 @@ def search(
     Raises:
         ValueError: If the arguments do not fit each other, the folder holds a search
             with other settings, or ``model_init`` makes different models.
-        TypeError: If halving is asked for, and the evaluation cannot stop and go on.
+        TypeError: If the evaluation cannot be called, or halving is asked for and it
+            cannot stop and go on.
     """
+    if not callable(evaluate):
+        raise TypeError(
+            f"`evaluate` must be a function of a model or the like, got {evaluate!r}."
+        )
     if halving is not None and not isinstance(evaluate, Resumable):
         raise TypeError(
             "`halving` needs an evaluation that can stop its training and go on, with "
@@ -132,27 +139,34 @@ class Campaign:
     def train(
         self, number: int, rung: Rung, cells: Sequence[Cell], crew: Workers
     ) -> None:
-        """Bring the best cells to a rung, and delete what nobody will need."""
+        """Bring the best cells to a rung, and delete what nobody will need.
+
+        The place of one that fails is taken by the next.
+        """
         folders = self.folder.cells()
-        alive = survivors([f.read() for f in folders], self.rungs[: number + 1])
-        trials = [
-            trial
-            for trial in (self._trial(i, number, rung, cells) for i in alive)
-            if not self._is_done(trial)
-        ]
+        failed: set[int] = set()
         label = "cells" if len(self.rungs) == 1 else f"rung {number + 1}"
-        with tqdm(
-            total=len(alive), initial=len(alive) - len(trials), desc=label
-        ) as bar:
-            for _ in crew.run(trials):
-                bar.update()
-        self._report(trials)
-        records = [folder.read() for folder in folders]
+        with tqdm(total=rung.cells, desc=label) as bar:
+            while True:
+                known = [folder.read() for folder in folders]
+                alive = survivors(known, self.rungs[: number + 1], failed)
+                trials = {i: self._trial(i, number, rung, cells) for i in alive}
+                waiting = {i: t for i, t in trials.items() if i not in failed}
+                due = {i: t for i, t in waiting.items() if not self._is_done(t)}
+                if not due:
+                    break
+                bar.update(len(alive) - len(due) - bar.n)
+                for _ in crew.run([*due.values()]):
+                    bar.update()
+                self._report(due.values())
+                failed |= {i for i in due if folders[i].read().failure is not None}
         is_last = number == len(self.rungs) - 1
-        going_on = [] if is_last else survivors(records, self.rungs[: number + 2])
-        for i, (folder, record) in enumerate(zip(folders, records, strict=True)):
+        for folder in folders:
+            record = folder.read()
             if record.failure is None:
-                folder.drop_rungs(record.rung - 1 if i in going_on else None)
+                # What has come so far goes on, or takes the place of what fails.
+                waits = not is_last and record.rung > number
+                folder.drop_rungs(record.rung - 1 if waits else None)
 
     def _plan(self, cells: int) -> tuple[Rung, ...]:
         if self.halving is None:
@@ -165,13 +179,21 @@ class Campaign:
         data, halving = self.calibration, self.halving
         describe = getattr(self.evaluate, "settings", None)
         config = self.config.to_dict()
-        digest = data and {"digest": data.digest(), "samples": len(data)}
+        known = data and {
+            "digest": data.digest(),
+            "samples": len(data),
+            "collate_fn": name_of(data.collate_fn),
+            "loss": name_of(data.loss),
+        }
         return {
             "config": {k: v for k, v in config.items() if k not in _WRITTEN_LATER},
             "cells": cells,
-            "data": digest or None,
+            "data": known or None,
             "base": self.base,
-            "evaluate": None if describe is None else describe(),
+            "evaluate": {
+                "name": name_of(self.evaluate),
+                **(describe() if describe else {}),
+            },
             "halving": halving and {"eta": halving.eta, "cost": halving.cost},
         }
 
@@ -205,5 +227,5 @@ class Campaign:
                     "The cell of %d samples and density %g failed: %s: %s. Its "
                     "traceback is in %s.",
                     *record.cell, record.failure.type, record.failure.message,
-                    trial.path,
+                    trial.folder.record,
                 )  # fmt: skip

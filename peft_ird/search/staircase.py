@@ -43,7 +43,8 @@ def find_cells(
     k = entry_count(candidates, candidates, config)
     walked = copy.copy(config)
     walked.method = WALKED[0]
-    available = sys.maxsize if calibration is None else len(calibration)
+    has_data = calibration is not None and config.needs_data
+    available = len(calibration) if has_data else sys.maxsize  # type: ignore[arg-type]
     cells = planned_cells(candidates, available, k, walked)
     if config.needs_data:
         return cells

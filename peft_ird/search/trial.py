@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import math
 import numbers
 import shutil
@@ -21,6 +22,8 @@ from peft_ird.search.outcome import Evaluate, Failure, Outcome, Resumable
 from peft_ird.selection.randomness import own_randomness
 
 __all__ = ["Trial", "UnsteadyModelError", "weight_digest"]
+
+logger = logging.getLogger(__name__)
 
 
 class UnsteadyModelError(ValueError):
@@ -109,13 +112,21 @@ class Trial:
 
     def _evaluated(self, model: Any) -> Outcome:
         """Evaluate the model, and keep the adapter if that has trained it."""
-        before = _trained(model)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().cpu().clone() for name, p in trained.items()}
         if self.until is None:
             outcome = as_outcome(self.evaluate(model))
         else:
             outcome = as_outcome(self._advanced(model, self.until))
-        after = _trained(model)
-        if any(not torch.equal(before[name], after[name]) for name in before):
+        after = dict(model.named_parameters())
+        if not trained.keys() <= after.keys():
+            logger.warning(
+                "`evaluate` has taken the adapter out of the model, so that the one "
+                "that it trained cannot be kept in %s.", self.path,
+            )  # fmt: skip
+        elif any(
+            not torch.equal(t, after[n].detach().cpu()) for n, t in before.items()
+        ):
             _save(model, self.folder.adapter)
         return outcome
 
@@ -168,15 +179,6 @@ def weight_digest(model: nn.Module) -> str:
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             digest.update(flat.cpu().numpy().data)
     return digest.hexdigest()
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the parameters that are trained, wherever the model goes."""
-    return {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
 
 
 def _save(model: Any, path: Path) -> None:

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import pickle
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import (
     Future,
@@ -11,6 +13,7 @@ from concurrent.futures import (
     as_completed,
 )
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
 
@@ -21,6 +24,7 @@ from peft_ird.search.trial import Trial
 __all__ = ["Workers"]
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_ENVIRONMENT = threading.Lock()  # of this process, which new ones inherit
 
 
 class Workers:
@@ -35,13 +39,18 @@ class Workers:
             GPU. By default models stay where they are made.
 
     Raises:
+        TypeError: If ``devices`` is a text.
         ValueError: If there are fewer devices than workers, no worker, or a device that
             does not exist.
     """
 
     def __init__(
-        self, number: int | None = None, devices: Sequence[str] | None = None
+        self,
+        number: int | None = None,
+        devices: Sequence[str | torch.device] | None = None,
     ) -> None:
+        if isinstance(devices, str):
+            raise TypeError(f"`devices` must be a list, as [{devices!r}].")
         if number is None:
             number = 1 if devices is None else len(devices)
         if number < 1 or (devices is not None and len(devices) < number):
@@ -49,9 +58,8 @@ class Workers:
                 f"`workers` must be at least 1, and have a device each; got {number} "
                 f"workers and devices={devices}."
             )
-        for device in devices or ():
-            _check_device(device)
-        self._slots = [None] * number if devices is None else list(devices)[:number]
+        names = [_checked(device) for device in devices or ()]
+        self._slots = [None] * number if devices is None else names[:number]
         self._has_processes = number > 1 or devices is not None
 
     def check(self, **arguments: object) -> None:
@@ -61,17 +69,24 @@ class Workers:
             **arguments: What they need, by name.
 
         Raises:
-            ValueError: If it cannot be pickled.
+            ValueError: If it cannot be pickled, or is of a script that has no file.
         """
+        main = sys.modules["__main__"]
         for name, argument in arguments.items() if self._has_processes else ():
             try:
-                pickle.dumps(argument)
+                sent = pickle.dumps(argument)
             except Exception as error:
                 raise ValueError(
                     f"`{name}` cannot be sent to another process: {error}. Define it "
                     "at the top of a module, or as functools.partial of such a "
                     "function; or leave `workers` and `devices` out."
                 ) from error
+            if b"__main__" in sent and not hasattr(main, "__file__"):
+                raise ValueError(
+                    f"`{name}` is defined in a notebook or on the command line, where "
+                    "other processes do not find it. Put it into a module and import "
+                    "it; or leave `workers` and `devices` out."
+                )
 
     def run(self, trials: Sequence[Trial]) -> Iterator[None]:
         """Run trials.
@@ -115,32 +130,54 @@ class Workers:
 
 def _run_alone(trial: Trial, device: str | None, threads: int) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _settle_in, (device, threads)) as process:
+    limit = torch.set_num_threads, (threads,)
+    with ProcessPoolExecutor(1, context, *limit) as process:
         try:
-            process.submit(trial.run).result()
+            with _only_visible(device):
+                future = process.submit(trial.run)  # starts the process
+            future.result()
         except BrokenProcessPool as error:
-            trial.fail(error)
+            hint = (
+                "Its last words are on the standard error stream. A script that asks "
+                'for workers needs `if __name__ == "__main__":`.'
+            )
+            trial.fail(BrokenProcessPool(f"{error} {hint}"))
 
 
-def _settle_in(device: str | None, threads: int) -> None:
-    """Take a share of the threads, and the one GPU, before anything starts it."""
-    torch.set_num_threads(threads)
+@contextmanager
+def _only_visible(device: str | None) -> Iterator[None]:
+    """Let a process that starts now see one GPU, or none; not even imports see more.
+
+    Args:
+        device: The device of the process; None for all.
+    """
     kind, _, index = (device or "").partition(":")
-    if kind == "cuda":
-        visible = os.environ.get(_VISIBLE)
-        names = visible.split(",") if visible else None
-        os.environ[_VISIBLE] = names[int(index or 0)] if names else index or "0"
+    if kind not in {"cpu", "cuda"}:
+        yield
+        return
+    with _ENVIRONMENT:
+        before = os.environ.get(_VISIBLE)
+        names = before.split(",") if before else None
+        mine = names[int(index or 0)] if names else index or "0"
+        os.environ[_VISIBLE] = mine if kind == "cuda" else ""
+        try:
+            yield
+        finally:
+            del os.environ[_VISIBLE]
+            if before is not None:
+                os.environ[_VISIBLE] = before
 
 
-def _check_device(device: str) -> None:
-    """Refuse a GPU that this process does not see."""
+def _checked(device: str | torch.device) -> str:
+    """Return the name of a device; refuse a GPU that this process does not see."""
     found = torch.device(device)
     there = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= there:
         raise ValueError(
-            f"`devices` names {device!r}, but this process sees {there} GPUs. Look at "
+            f"`devices` names '{found}', but this process sees {there} GPUs. Look at "
             f"torch.cuda.device_count() and {_VISIBLE}."
         )
+    return str(found)
 
 
 def _seen_as(device: str | None) -> str | None:

@@ -16,7 +16,7 @@ __all__ = ["Calibration"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _LABELS = ("labels", "label", "label_ids")
-_LOOKED_AT = 16  # samples that a fingerprint is taken of
+_LOOKED_AT = 64  # samples that a fingerprint is taken of
 
 
 class Calibration:
@@ -103,18 +103,18 @@ class Calibration:
         return loss  # type: ignore[no-any-return]
 
     def digest(self) -> str:
-        """Return a fingerprint of some samples, spread over the data, in order.
+        """Return a fingerprint of how many samples there are, and of some, in order.
 
-        Only numbers, texts and tensors count; other objects need not be the same in
-        another process.
+        These are spread over the data. Only numbers, texts, arrays and tensors count;
+        other objects need not be the same in another process.
         """
         rows = self._rows()
-        content = hashlib.sha256()
+        content = hashlib.sha256(f"{len(rows)}".encode())
         for position in range(0, len(rows), max(1, len(rows) // _LOOKED_AT)):
             with own_randomness(position):
                 row = rows[position]
             for leaf in tree_leaves(row):
-                value = leaf.tolist() if isinstance(leaf, Tensor) else leaf
+                value = leaf.tolist() if hasattr(leaf, "tolist") else leaf
                 is_plain = isinstance(value, list | int | float | str)
                 content.update(repr(value if is_plain else type(value)).encode())
         return content.hexdigest()
