@@ -133,7 +133,7 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     memory_limit: int | None = option(
         None,
         "Bytes beyond the model, divided among sums, a batch and kept gradients; "
-        "temporaries come on top. Default: no limit, but at most a quarter "
+        "small temporaries come on top. Default: no limit, but at most a quarter "
         "of the device's memory, or 8 GiB, for kept gradients. Kept at run time only.",
     )
     seed: int = option(

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.entrywise import Entrywise
 from peft_ird.selection.gradients.where import Where
 
 __all__ = ["Dense", "rows_of"]
+
+_CHUNK = 1 << 20  # entries in float64 at a time: the largest gradient has no copy
 
 
 class Dense(Entrywise):
@@ -30,7 +33,10 @@ class Dense(Entrywise):
 
     def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""
-        return rows_of(self.values, kept).double().square().sum(1)
+        values = rows_of(self.values, kept)
+        width = max(1, _CHUNK // len(kept))
+        parts = [part.double().square().sum(1) for part in values.split(width, 1)]
+        return torch.stack(parts).sum(0)
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""

@@ -22,7 +22,7 @@ from peft_ird.selection.gradients.kept import KeptGradients
 from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.singles import Singles
-from peft_ird.selection.gradients.statistics import Statistic
+from peft_ird.selection.gradients.statistics import ACCUMULATOR_BYTES, Statistic
 from peft_ird.selection.gradients.together import Together, size_of
 from peft_ird.selection.gradients.trial import Outcome, Trial
 
@@ -285,7 +285,7 @@ class Engine:
     def _groups(self, parts: Sequence[int]) -> Iterator[list[int]]:
         """Divide parameters into groups whose gradients may be formed at once."""
         wanted = set(parts)
-        entry_bytes = self._pool.dtype.itemsize
-        for group in self._pool.groups(self._limits.accumulator_bytes, entry_bytes):
+        limit = self._limits.accumulator_bytes
+        for group in self._pool.groups(limit, ACCUMULATOR_BYTES):
             if not wanted.isdisjoint(group):
                 yield [part for part in group if part in wanted]

@@ -23,8 +23,8 @@ class Limits:
     Args:
         tokens: Tokens in a batch, if ``batch_size`` is None.
         batch_size: Samples in a batch.
-        accumulator_bytes: What sums over samples may take; also what the gradients of
-            one sample may take where they are formed.
+        accumulator_bytes: What sums over samples may take; the gradients of one sample
+            are formed of as many entries at once.
         activation_bytes: What a batch may leave for its backward pass; None for any.
         cache_bytes: What kept gradients may take, over all processes.
     """

@@ -134,7 +134,7 @@ class Trial:
                     sample.position, group
                 )
                 for part, gradient in gradients.items():
-                    norms[n, part] = gradient.double().square().sum()
+                    norms[n, part] = Dense(gradient[None]).squared_norms((0,))[0]
         return losses, norms
 
     def _batched(
