@@ -21,6 +21,7 @@ from typing import Any
 import alignment_plot
 import experiment
 import glue_budget
+import glue_density
 import glue_table
 import quickstart_plot
 import search_study
@@ -93,6 +94,7 @@ GLUE = (glue_table, experiment)
 SEARCH = ("search-sst2",)
 PICTURES = (
     Picture("glue-budget", ("glue/minilm/*",), glue_budget.draw, GLUE),
+    Picture("glue-density", ("glue/minilm/*",), glue_density.draw, GLUE),
     Picture(
         "quickstart",
         ("quickstart-[0-9]", "quickstart-largest-*", "quickstart-random-*"),

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import file_size
+import glue_density
 import glue_table
 import option_study
 import search_study
 import selection_speed
 import selection_stairs
 import step_table
-from experiment import Experiment
+from experiment import Experiment, load_results
 from record import RESULTS, ROOT
 
 Run = dict[str, Any]
@@ -179,6 +180,11 @@ def glue_scores() -> str:
     return scores_on("minilm", "MiniLM")
 
 
+def glue_densities() -> str:
+    """Return the scores of some methods on GLUE at several densities."""
+    return glue_density.table(load_results("minilm"))
+
+
 def llama_scores() -> str:
     """Return the scores on the LLaMA-type model."""
     return scores_on("smollm", "The first six blocks of SmolLM2-135M-Instruct")
@@ -207,6 +213,7 @@ def search_table() -> str:
 TABLES = {
     "glue": glue_scores,
     "glue-differences": glue_differences,
+    "glue-density": glue_densities,
     "glue-llama": llama_scores,
     "search": search_table,
     "quickstart": quickstart_table,
