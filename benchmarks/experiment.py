@@ -74,7 +74,8 @@ class Experiment:
         rounds: ``tasks``, ``densities`` and, if not all, ``rows``.
         seeds: All seeds; the first one chooses the rates.
         tuning: The tasks whose held-out scores choose them.
-        settings: What all runs share: ``model``, ``train`` and ``epochs``.
+        settings: What all runs share: ``model``, ``train``, ``epochs`` and, if it is
+            not that of the row, ``head_rate``.
     """
 
     name: str
@@ -178,7 +179,8 @@ def load_results(name: str) -> list[Result]:
         name: The list's name.
 
     Raises:
-        ValueError: If a row's result was run by another method or for other epochs.
+        ValueError: If a row's result was run by another method, for other epochs or
+            with another rate of the head.
     """
     experiment = Experiment.load(name)
     found = []
@@ -196,6 +198,7 @@ def _check_asked(path: Path, result: Result, asked: Mapping[str, Any]) -> None:
         "method": asked["method"],
         "options": asked.get("options", {}),
         "epochs": asked["epochs"],
+        "head_rate": asked.get("head_rate", result["job"]["rate"]),
     }
     for name, value in wanted.items():
         if result.get(name, value) != value:

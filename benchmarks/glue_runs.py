@@ -140,6 +140,8 @@ def perform(
         arguments += ["--data-dir", given.data_dir]
     if "rank" in row:
         arguments += ["--rank", str(row["rank"])]
+    if "head_rate" in settings:
+        arguments += ["--head-lr", str(settings["head_rate"])]
     if settings["model"] != "minilm":
         arguments += ["--model", str(given.models / settings["model"])]
     result = run_glue.run(run_glue.parse_arguments(arguments))

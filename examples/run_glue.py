@@ -79,6 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--options", type=json.loads, default={}, help="of IRDConfig, as JSON")
     add("--lr", type=float, help="learning rate, of the head as well; None: one that "
         "suits the method on MiniLM")  # fmt: skip
+    add("--head-lr", type=float, help="learning rate of the head; None: that of --lr")
     add("--epochs", type=float, default=3.0)
     add("--batch-size", type=positive, default=32, help="of each process")
     add("--max-length", type=positive, help="tokens; None for the task's")
@@ -143,7 +144,7 @@ def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, An
     made = built(options.method, model, plan)
     selected = time.perf_counter()
     set_seed(options.seed)
-    trainer = setup.trainer(made.model)
+    trainer = setup.trainer(made.model, rate_groups(made.model, options))
     trainer.train()
     trained = time.perf_counter()
     scores = setup.scores(trainer)
@@ -154,6 +155,7 @@ def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, An
         "budget": budget,
         **trained_sizes(made.model),
         "rate": options.lr,
+        "head_rate": options.head_lr or options.lr,
         "seed": options.seed,
         "train": len(setup.train),
         "epochs": options.epochs,
@@ -170,14 +172,30 @@ def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, An
     }
 
 
+def rate_groups(
+    model: nn.Module, options: argparse.Namespace
+) -> list[dict[str, Any]] | None:
+    """Return groups for the optimizer, if the head has a rate of its own."""
+    if options.head_lr is None:
+        return None
+    in_head, others = trained_parts(model)
+    return [{"params": in_head, "lr": options.head_lr}, {"params": others}]
+
+
+def trained_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters that are trained, those of the head and the others."""
+    heads = ("modules_to_save", "classifier.", "score.")
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts[not any(head in name for head in heads)].append(parameter)
+    return parts
+
+
 def trained_sizes(model: nn.Module) -> dict[str, int]:
     """Return how many entries are trained, in the head and elsewhere."""
-    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    heads = ("modules_to_save", "classifier.", "score.")
-    in_head = sum(
-        size for name, size in trained.items() if any(h in name for h in heads)
-    )
-    return {"entries": sum(trained.values()) - in_head, "head_entries": in_head}
+    in_head, others = (sum(p.numel() for p in part) for part in trained_parts(model))
+    return {"entries": others, "head_entries": in_head}
 
 
 def saved_bytes(model: nn.Module, folder: Path | None) -> int | None:
