@@ -1,5 +1,6 @@
 """The indices of a layer's adapters: held as in the file, and plain for computing."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from peft_ird.sparse.fingerprint import differs, fingerprint
 from peft_ird.sparse.support import Support
 
 __all__ = ["Codes", "Holding", "device_of"]
+
+_CHECKING = threading.RLock()  # one thread decodes what was loaded, the others wait
 
 
 class Codes(BufferDict):  # type: ignore[misc]
@@ -43,6 +46,7 @@ class Holding(Merging):
 
     irdelta_coded: Codes  # adapter -> code of all its indices, uint8; until it is read
     irdelta_indices: Any  # the same as [k] per parameter; read it by `_indices`
+    path: str  # the module's name, of the first adapter that reached it
     _unchecked: set[str]
     _fingerprints: dict[str, Mapping[str, str]]
     _numels: dict[str, dict[str, int]]  # entries of each parameter, for the code
@@ -81,11 +85,11 @@ class Holding(Merging):
     def _settle(self, adapter: str, numels: dict[str, int]) -> None:
         """Note that the plain indices are those of the adapter."""
         self._numels[adapter] = numels
-        self._unchecked.discard(adapter)
+        self._find_supports(adapter)
         if adapter in self.irdelta_coded:
             del self.irdelta_coded[adapter]
         self.irdelta_coded.read.add(adapter)
-        self._find_supports(adapter)
+        self._unchecked.discard(adapter)  # last: other threads may go on now
 
     def _forget(self, adapter: str) -> None:
         """Drop what is known of an adapter that is no longer held."""
@@ -114,7 +118,8 @@ class Holding(Merging):
         if adapter not in self.irdelta_indices:
             return {}
         if adapter in self._unchecked:
-            self._check(adapter)
+            with _CHECKING:
+                self._check(adapter)
         return dict(self.irdelta_indices[adapter].items())
 
     def entry_counts(self, adapter_name: str) -> dict[str, int]:
@@ -191,7 +196,7 @@ class Holding(Merging):
         if expected and differs(self.fingerprint(adapter, found), expected):
             raise ValueError(
                 f"Adapter '{adapter}' was made for other base weights than those of "
-                f"this {type(self.get_base_layer()).__name__}: at its entries of "
+                f"'{self.path}': at its entries of "
                 f"{', '.join(counts)} the fingerprint should be {dict(expected)}. Load "
                 "the base model that adapter_config.json names, or load inside `with "
                 "peft_ird.ignoring_base_mismatch():` all the same."
@@ -206,8 +211,8 @@ class Holding(Merging):
         for name, indices in self.irdelta_indices[adapter].items():
             if not indices.is_meta:
                 check_indices(indices, self._base_parameter(name).numel(), name)
-        self._unchecked.discard(adapter)
         self._find_supports(adapter)
+        self._unchecked.discard(adapter)
 
     def _support(self, adapter: str, name: str) -> Support | None:
         """Return the rows and columns in use of a matrix, where its indices are.

@@ -104,7 +104,7 @@ def install(
 ) -> IRDLayer:
     """Give the adapter its entries in one module, which is wrapped if need be."""
     assert config.nnz_pattern is not None
-    layer = target if isinstance(target, IRDLayer) else _wrap_alike(model, target)
+    layer = target if isinstance(target, IRDLayer) else _wrap_alike(model, target, name)
     if layer is not target:
         layer.set_adapter([adapter_name])
     layer.update_layer(
@@ -128,9 +128,10 @@ def _numels(config: IRDConfig, name: str) -> dict[str, int]:
     return {parameter: Size(shape).numel() for parameter, shape in shapes.items()}
 
 
-def _wrap_alike(model: nn.Module, target: nn.Module) -> IRDLayer:
+def _wrap_alike(model: nn.Module, target: nn.Module, name: str) -> IRDLayer:
     """Wrap a module; adapters are on or off in it as in the rest of the model."""
     layer = wrap(target)
+    layer.path = name
     others = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
     first = next(others, None)
     layer.enable_adapters(first is None or not first.disable_adapters)
@@ -237,7 +238,7 @@ def share_tied(model: nn.Module) -> None:
         for name, parameter_name in others:
             layer = model.get_submodule(name)
             if not isinstance(layer, IRDLayer):
-                layer = _wrap_alike(model, layer)
+                layer = _wrap_alike(model, layer, name)
                 layer.set_adapter(owner.active_adapters)
                 replace(model, model.get_submodule(name), layer)
             layer.share(parameter_name, owner, owned)

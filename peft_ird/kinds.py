@@ -166,13 +166,15 @@ class Linear(Affine):
         return base_layer.in_features, base_layer.out_features
 
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
-        if "weight" not in deltas or not self._is_simple_call(deltas, args, kwargs):
+        has_weight = "weight" in deltas
+        is_plain = not has_weight and not is_low_precision(self._base_parameter("bias"))
+        if is_plain or not self._is_simple_call(deltas, args, kwargs):
             return super()._run(deltas, *args, **kwargs)
-        if self.is_applied_in_weight(*args):
+        if has_weight and self.is_applied_in_weight(*args):
             return self._run_in_weight(deltas, *args)
 
         def add(y: Tensor, x: Tensor) -> Tensor:
-            y = self._with_products(y, x, deltas["weight"])
+            y = self._with_products(y, x, deltas.get("weight", ()))
             for delta in deltas.get("bias", ()):
                 y = (y + delta.to_dense(delta.values.dtype)).to(y.dtype)
             return y

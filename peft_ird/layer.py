@@ -45,6 +45,7 @@ class IRDLayer(Reading, Holding):
         self.irdelta_indices: Any = nn.ModuleDict()  # the same, adapter -> parameter
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
+        self.path = type(self.get_base_layer()).__name__
         self.rounding = Rounding()
         self._disable_adapters = False
         self._unchecked = set()

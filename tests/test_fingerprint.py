@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -228,8 +229,11 @@ def test_transformers_own_loading_is_checked_at_the_first_forward(name, saved):
     for model in (right, wrong):
         model.load_adapter(str(saved))
     logits(right, name)
-    with pytest.raises(ValueError, match=r"made for other base weights.*ignoring_base"):
+    with pytest.raises(ValueError, match=r"other base weights.*ignoring_base") as error:
         logits(wrong, name)
+    named = set(re.findall(r"than those of '(.+?)'", str(error.value)))
+    assert len(named) == 1
+    assert named <= set(settings_of(saved)["nnz_pattern"])
 
 
 def test_weights_that_are_not_at_hand_are_not_compared(tmp_path):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
 from peft_ird.layer import IRDLayer
+from tests.oracles import TOL
 
 WIDTH, ENTRIES = 64, 12
 
@@ -103,6 +106,32 @@ class NoWholeWeight(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.numel() >= WIDTH * WIDTH:
                 assert name in self.SPARSE, name
         return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [nn.Linear, Conv1D])
+def test_a_bias_in_low_precision_costs_no_product(dtype, make):
+    torch.manual_seed(0)
+    base = make(WIDTH, WIDTH).to(dtype)
+    options = {"method": "bias", "target_modules": ["0"], "init_weights": False}
+    model = get_peft_model(nn.Sequential(base), IRDConfig(**options))
+    layer = model.base_model.model[0]
+    x = torch.randn(3, WIDTH, dtype=dtype)
+    delta = layer.get_delta_weight("default", "bias").double()
+    exact = layer.base_layer(x).double() + delta
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.numel() >= WIDTH * WIDTH:
+                seen.append(func)
+            return result
+
+    with Products():
+        found = model(x)
+    assert not [f for f in seen if f.overloadpacket.__name__ not in {"t", "detach"}]
+    assert_close(found.double(), exact, **TOL[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -26,6 +27,7 @@ from peft_ird.sparse.separate import plus_product
 from peft_ird.sparse.support import Support
 from peft_ird.sparse.ways import WAYS, forced
 from tests import oracles
+from tests.conftest import make_batch, make_model
 from tests.oracles import TOL
 
 DOUBLE = TOL[torch.float64]
@@ -256,6 +258,34 @@ def test_eight_threads_run_at_once():
     assert torch.equal(model.base_model.model[0].base_layer.weight, before)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("is_native", [False, True])
+def test_eight_threads_may_be_the_first_to_use_what_was_loaded(
+    kind, is_native, tmp_path
+):
+    torch.manual_seed(0)
+    options = {"density": 0.1, "method": "random", "init_weights": False}
+    model = get_peft_model(make_model(kind), IRDConfig(**options)).eval()
+    model.save_pretrained(tmp_path)
+    batch = make_batch(kind)
+    with torch.inference_mode():
+        expected = model(**batch).logits
+    for _ in range(4):
+        if is_native:
+            loaded = make_model(kind)
+            loaded.load_adapter(str(tmp_path))
+        else:
+            loaded = PeftModel.from_pretrained(make_model(kind), tmp_path)
+        loaded.eval()
+
+        def run(loaded: nn.Module = loaded) -> bool:
+            with torch.inference_mode():
+                return torch.equal(loaded(**batch).logits, expected)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(lambda _: run(), range(16)))
+
+
 class Twice(nn.Module):
     """Uses one layer twice, once under a checkpoint of some kind."""
 
@@ -452,6 +482,9 @@ def test_an_entry_takes_twenty_bytes_with_adam(is_loaded, tmp_path):
         x = ids if layer.in_features == 50 else torch.randn(2, layer.in_features)
         layer(x).sum().backward()
     optimizer.step()
+    for layer in model.base_model.model:  # so many entries use all rows and columns
+        for support in layer._supports["default"].values():
+            assert not support.rows.numel() + support.columns.numel()
     state = [b for n, b in model.named_buffers() if "irdelta" in n]
     state += [*trained, *(p.grad for p in trained)]
     state += [t for s in optimizer.state.values() for t in s.values() if t.ndim]
