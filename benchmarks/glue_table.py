@@ -151,6 +151,8 @@ def _note(
         f"{TITLES[task]} {train[task]}" for task in TITLES if task in train
     )
     tuning = " and ".join(TITLES[task] for task in experiment.tuning)
+    of_head = experiment.settings.get("head_rate")
+    at = "the rate of its row" if of_head is None else f"{of_head:g} in all rows"
     return (
         f"{label}, budget {density:.2%} of its {first['budget'] / density / 1e6:.1f} M "
         f"weights, training samples drawn by the seed: {sizes}; "
@@ -158,8 +160,8 @@ def _note(
         f"sets. Mean ± standard deviation over {len(experiment.seeds)} seeds, or as "
         f"many as stand in brackets; {_metrics(train)}. Rates climb a "
         f"ladder of two per decade, judged on 500 training samples of {tuning} "
-        "that the first seed holds out. The head is trained as well. Products in "
-        f"float32 of {first['precision']} precision, torch "
+        f"that the first seed holds out. The head is trained as well, at {at}. Products "
+        f"in float32 of {first['precision']} precision, torch "
         f"{first['versions']['torch']}, peft {first['versions']['peft']}."
     )
 

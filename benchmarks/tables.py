@@ -185,6 +185,11 @@ def glue_densities() -> str:
     return glue_density.table(load_results("minilm"))
 
 
+def head_scores() -> str:
+    """Return the scores where the head has one rate in all rows."""
+    return scores_on("minilm-head", "MiniLM")
+
+
 def llama_scores() -> str:
     """Return the scores on the LLaMA-type model."""
     return scores_on("smollm", "The first six blocks of SmolLM2-135M-Instruct")
@@ -213,6 +218,7 @@ def search_table() -> str:
 TABLES = {
     "glue": glue_scores,
     "glue-differences": glue_differences,
+    "glue-head": head_scores,
     "glue-density": glue_densities,
     "glue-llama": llama_scores,
     "search": search_table,
