@@ -99,7 +99,8 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Record:
             for module in model.modules()
             for named in getattr(module, "_supports", {}).values()
             for support in named.values()
-            for tensor in (support.rows, support.columns)
+            for tensor in (support.rows, support.columns, support.known)
+            if tensor is not None
         ],
         "values": trained,
         "gradients": [p.grad for p in trained if p.grad is not None],

@@ -160,8 +160,8 @@ def _note(
         f"sets. Mean ± standard deviation over {len(experiment.seeds)} seeds, or as "
         f"many as stand in brackets; {_metrics(train)}. Rates climb a "
         f"ladder of two per decade, judged on 500 training samples of {tuning} "
-        f"that the first seed holds out. The head is trained as well, at {at}. Products "
-        f"in float32 of {first['precision']} precision, torch "
+        f"that the first seed holds out. The head is trained as well, at {at}. "
+        f"Products in float32 of {first['precision']} precision, torch "
         f"{first['versions']['torch']}, peft {first['versions']['peft']}."
     )
 

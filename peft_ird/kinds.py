@@ -15,7 +15,7 @@ from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows, rows_of
 from peft_ird.sparse.linear import linear
 from peft_ird.sparse.ops import add_deltas, sum_dense
-from peft_ird.sparse.separate import plus_product
+from peft_ird.sparse.separate import linear_and_product, plus_product
 from peft_ird.sparse.ways import is_autocast, is_transformed, way_in_force
 from peft_ird.substitution import with_forward, with_parameters
 
@@ -172,6 +172,11 @@ class Linear(Affine):
             return super()._run(deltas, *args, **kwargs)
         if has_weight and self.is_applied_in_weight(*args):
             return self._run_in_weight(deltas, *args)
+        if self._is_one_product(deltas, *args):
+            base, (delta,) = self.get_base_layer(), deltas["weight"]
+            return linear_and_product(
+                args[0], base.weight, base.bias, delta, self._is_transposed
+            )
 
         def add(y: Tensor, x: Tensor) -> Tensor:
             y = self._with_products(y, x, deltas.get("weight", ()))
@@ -199,6 +204,21 @@ class Linear(Affine):
             and weight.dtype in {torch.float32, torch.float64}
             and not weight.requires_grad
             and x.dtype == weight.dtype
+            and not is_autocast(x.device.type)
+        )
+
+    def _is_one_product(self, deltas: Deltas, x: Tensor) -> bool:
+        """Return whether one operator can be base layer and delta."""
+        base = self.get_base_layer()
+        frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
+        return (
+            [*deltas] == ["weight"]
+            and len(deltas["weight"]) == 1
+            and self._is_alone()
+            and "forward" not in base.__dict__
+            and type(base.weight) in {Tensor, nn.Parameter}
+            and not any(each.requires_grad for each in frozen)
+            and all(each.dtype == x.dtype for each in frozen)
             and not is_autocast(x.device.type)
         )
 

@@ -161,7 +161,8 @@ def test_the_support_is_what_the_entries_use(problem):
     delta = oracles.dense(*indices_and_values(problem), problem.weight.shape)
     rows = support.rows.long() if len(support.rows) else slice(None)
     columns = support.columns.long() if len(support.columns) else slice(None)
-    block = support.dense(problem.delta.indices, problem.delta.values)
+    places = support.places(problem.delta.indices)
+    block = support.dense(places, problem.delta.values)
     assert torch.equal(block.detach(), delta[rows][:, columns])
 
 
@@ -460,6 +461,10 @@ def test_the_operators_pass_the_checks_of_torch():
     torch.library.opcheck(
         ops.plus_product.default,
         (y, x, values, indices, none, none, [3, 4], "sampled", False),
+    )
+    torch.library.opcheck(
+        ops.linear_and_product.default,
+        (x, weight, bias.detach(), values, indices, none, none, "block", False),
     )
     ids = torch.tensor([0, 2])
     rows = torch.randn(2, 4, requires_grad=True)

@@ -58,7 +58,9 @@ def _(weight: Tensor, ids: Tensor) -> Tensor:
     return weight.new_empty(*ids.shape, weight.shape[1])
 
 
-@torch.library.custom_op("peft_ird::plus_rows", mutates_args=())
+@torch.library.custom_op(
+    "peft_ird::plus_rows", mutates_args=(), tags=torch.Tag.cudagraph_unsafe
+)
 def _plus_rows(
     y: Tensor,
     ids: Tensor,
@@ -77,7 +79,9 @@ def _(y: Tensor, *_: Any) -> Tensor:
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("peft_ird::rows_gradient", mutates_args=())
+@torch.library.custom_op(
+    "peft_ird::rows_gradient", mutates_args=(), tags=torch.Tag.cudagraph_unsafe
+)
 def _rows_gradient(
     grad: Tensor, ids: Tensor, values: Tensor, indices: Tensor, padding: int
 ) -> Tensor:

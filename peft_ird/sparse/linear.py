@@ -108,9 +108,10 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         for_x = _input_gradient(grad, weight, values, indices, ctx.is_transposed)
     if needs_values:
+        support = Support((weight.shape[0], weight.shape[1]), rows, columns)
         for_values = value_gradient(
-            grad, needed, values, indices, rows, columns, list(weight.shape),
-            ctx.method, ctx.is_transposed,
+            grad, needed, values, support.places(indices), rows, columns, ctx.method,
+            ctx.is_transposed,
         )  # fmt: skip
     if needs_bias and ctx.has_bias:
         for_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

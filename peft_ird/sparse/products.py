@@ -25,6 +25,7 @@ __all__ = [
 
 # A tile of the product stays in the cache until its entries are read.
 _TILE_BYTES = 4 << 20
+_GPU_TILE_BYTES = 256 << 20  # a GPU wants to be busy
 
 
 def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
@@ -33,19 +34,22 @@ def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     Args:
         left: Shape ``[t, r]``.
         right: Shape ``[t, c]``.
-        places: Ascending flat positions in the product. Shape ``[k]``, int64.
+        places: Ascending flat positions in the product. Shape ``[k]``, integer.
 
     Returns:
         The entries. Shape ``[k]``, float32 or better.
     """
     rows, width = left.shape[1], right.shape[1]
-    step = max(1, _TILE_BYTES // max(1, width * torch.float32.itemsize))
-    if rows <= step and width < rows:  # faster with few rows than with few columns
+    tile = _GPU_TILE_BYTES if left.is_cuda else _TILE_BYTES
+    step = max(1, tile // max(1, width * torch.float32.itemsize))
+    if rows <= step and width < rows and not left.is_cuda:
+        # faster with few rows than with few columns
         return _product(right, left).t().flatten()[places]
-    if rows <= step or left.is_cuda:
-        return _product(left, right).flatten()[places]
+    if rows <= step:
+        return _product(left, right).flatten().index_select(0, places)
     starts = range(0, rows, step)
-    bounds = torch.tensor([*starts, rows], device=places.device) * width
+    bounds = torch.tensor([*starts, rows], dtype=places.dtype, device=places.device)
+    bounds *= width
     ends = torch.searchsorted(places, bounds).tolist()
     found = [
         _product(left[:, start : start + step], right).flatten()[
@@ -59,7 +63,7 @@ def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
 
 def by_sampling(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     """Compute the entries only, one dot product each; as `by_block`."""
-    rows, width = left.shape[1], right.shape[1]
+    rows, width, places = left.shape[1], right.shape[1], places.long()
     # A row's and a column's tokens side by side: three times faster, copies included.
     left, right = (computable(side).t().contiguous() for side in (left, right))
     bounds = torch.arange(rows + 1, device=places.device) * width
@@ -84,7 +88,7 @@ def by_triton(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
             f"Triton does not compute on {left.device}; it takes a CUDA device, or the "
             "environment variable TRITON_INTERPRET=1 before triton is imported."
         )
-    found: Tensor = _kernels().entries(left, right, places)
+    found: Tensor = _kernels().entries(left, right, places.long())
     return found
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ird.sparse.delta import SparseDelta
@@ -22,7 +23,9 @@ from peft_ird.sparse.values import (
 )
 from peft_ird.sparse.ways import gradient_in_force
 
-__all__ = ["plus_product"]
+__all__ = ["linear_and_product", "plus_product"]
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def plus_product(
@@ -31,11 +34,12 @@ def plus_product(
     delta: SparseDelta,
     is_transposed: bool = False,
 ) -> Tensor:
-    r"""Return :math:`y + x \Delta^\top`, computed in float32 or better.
+    r"""Return :math:`y + x \Delta^\top`, with sums in float32 or better.
 
     Args:
         y: Output of the base layer. Shape ``[*, o]``, any floating type.
-        x: Input. Shape ``[*, i]``.
+        x: Input. Shape ``[*, i]``. In 16 bits on a GPU the values are rounded to its
+            type; else the product is computed in float32 or better.
         delta: Its values own the gradient; it has a support.
         is_transposed: Whether the weight is ``[i, o]``.
 
@@ -44,8 +48,36 @@ def plus_product(
     """
     support = support_of(delta)
     out: Tensor = _plus_product(
-        y, x, delta.values, delta.indices, support.rows, support.columns,
-        list(support.shape), gradient_in_force(support.gradient), is_transposed,
+        y, x, delta.values, support.places(delta.indices), support.rows,
+        support.columns, list(support.shape), gradient_in_force(support.gradient),
+        is_transposed,
+    )  # fmt: skip
+    return out
+
+
+def linear_and_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: SparseDelta,
+    is_transposed: bool = False,
+) -> Tensor:
+    """Return what `plus_product` makes of the layer's output, without a copy of it.
+
+    Args:
+        x: Input. Shape ``[*, i]``.
+        weight: Frozen weight. Shape ``[o, i]``, dtype of ``x``.
+        bias: Frozen. Shape ``[o]``.
+        delta: As for `plus_product`.
+        is_transposed: Whether the weight is ``[i, o]``.
+
+    Returns:
+        Shape ``[*, o]``, dtype of ``x``.
+    """
+    support = support_of(delta)
+    out: Tensor = _linear_and_product(
+        x, weight, bias, delta.values, support.places(delta.indices), support.rows,
+        support.columns, gradient_in_force(support.gradient), is_transposed,
     )  # fmt: skip
     return out
 
@@ -55,26 +87,17 @@ def _plus_product(
     y: Tensor,
     x: Tensor,
     values: Tensor,
-    indices: Tensor,
+    places: Tensor,
     rows: Tensor,
     columns: Tensor,
     shape: Sequence[int],
     method: str,  # noqa: ARG001 (for the backward pass)
     is_transposed: bool,
 ) -> Tensor:
-    inputs, outputs, block = _oriented(
-        values, indices, rows, columns, shape, is_transposed
-    )
-    with without_autocast(x):
-        some = taken(x.reshape(-1, x.shape[-1]), inputs).to(block.dtype)
-        share = some @ block
     out = y.clone(memory_format=torch.contiguous_format)
-    flat = out.view(-1, y.shape[-1])
-    sums = (taken(flat, outputs) + share).to(y.dtype)
-    if len(outputs):
-        flat.index_copy_(1, outputs.long(), sums)
-    else:
-        flat.copy_(sums)
+    with without_autocast(x):
+        delta = _Oriented(x, values, places, rows, columns, shape, is_transposed)
+        delta.add_product_(out, x)
     return out
 
 
@@ -83,28 +106,56 @@ def _(y: Tensor, *_: Any) -> Tensor:
     return y.new_empty(y.shape)
 
 
+@torch.library.custom_op("peft_ird::linear_and_product", mutates_args=())
+def _linear_and_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    places: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    method: str,  # noqa: ARG001 (for the backward pass)
+    is_transposed: bool,
+) -> Tensor:
+    if is_transposed:
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        y = y.view(*x.shape[:-1], weight.shape[1])
+    else:
+        y = F.linear(x, weight, bias)
+    delta = _Oriented(x, values, places, rows, columns, weight.shape, is_transposed)
+    delta.add_product_(y, x)
+    return y
+
+
+@_linear_and_product.register_fake
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1 if others[-1] else 0])
+
+
 @torch.library.custom_op("peft_ird::product_input_gradient", mutates_args=())
 def _product_input_gradient(
     grad: Tensor,
+    weight: Tensor | None,
     values: Tensor,
-    indices: Tensor,
+    places: Tensor,
     rows: Tensor,
     columns: Tensor,
     shape: Sequence[int],
     dtype: torch.dtype,
     is_transposed: bool,
 ) -> Tensor:
-    inputs, outputs, block = _oriented(
-        values, indices, rows, columns, shape, is_transposed
-    )
-    with without_autocast(grad):
-        some = taken(grad.reshape(-1, grad.shape[-1]), outputs).to(block.dtype)
-        share = (some @ block.t()).to(dtype)
+    """Return the gradient that comes through the delta, and the weight if given."""
     width = shape[0 if is_transposed else 1]
-    if len(inputs):
-        whole = share.new_zeros(len(share), width)
-        share = whole.index_copy_(1, inputs.long(), share)
-    return share.view(*grad.shape[:-1], width)
+    with without_autocast(grad):
+        if weight is None:
+            out = grad.new_zeros(*grad.shape[:-1], width, dtype=dtype)
+        else:
+            out = grad @ (weight.t() if is_transposed else weight)
+        delta = _Oriented(grad, values, places, rows, columns, shape, is_transposed)
+        delta.add_product_(out, grad, is_backward=True)
+    return out
 
 
 @_product_input_gradient.register_fake
@@ -116,44 +167,100 @@ def _(grad: Tensor, *others: Any) -> Tensor:
 
 
 def _product_setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
-    _, x, values, indices, rows, columns, shape, method, is_transposed = inputs
+    _, x, values, places, rows, columns, shape, method, is_transposed = inputs
     ctx.shape, ctx.method, ctx.is_transposed = shape, method, is_transposed
     ctx.dtype = x.dtype
     support = Support((shape[0], shape[1]), rows, columns)
     needed = kept(x, values, support, is_transposed)
-    ctx.save_for_backward(needed, values, indices, rows, columns)
+    ctx.save_for_backward(needed, None, values, places, rows, columns)
 
 
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed, values, indices, rows, columns = ctx.saved_tensors
-    needs_y, needs_x, needs_values = ctx.needs_input_grad[:3]
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
+    x, weight, _, values, places, rows, columns, method, is_transposed = inputs
+    ctx.shape, ctx.method, ctx.is_transposed = [*weight.shape], method, is_transposed
+    ctx.dtype = x.dtype
+    support = Support((weight.shape[0], weight.shape[1]), rows, columns)
+    needed = kept(x, values, support, is_transposed)
+    ctx.save_for_backward(needed, weight, values, places, rows, columns)
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, needs_x: bool, needs_values: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    needed, weight, values, places, rows, columns = ctx.saved_tensors
     for_x = for_values = None
     if needs_x:
         for_x = _product_input_gradient(
-            grad, values, indices, rows, columns, ctx.shape, ctx.dtype,
+            grad, weight, values, places, rows, columns, ctx.shape, ctx.dtype,
             ctx.is_transposed,
         )  # fmt: skip
     if needs_values:
         for_values = value_gradient(
-            grad, needed, values, indices, rows, columns, ctx.shape, ctx.method,
-            ctx.is_transposed,
-        )  # fmt: skip
-    others = (None,) * 6
-    return grad if needs_y else None, for_x, for_values, *others
+            grad, needed, values, places, rows, columns, ctx.method, ctx.is_transposed
+        )
+    return for_x, for_values
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_y, needs_x, needs_values = ctx.needs_input_grad[:3]
+    found = _gradients(ctx, grad, needs_x, needs_values)
+    return grad if needs_y else None, *found, *(None,) * 6
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_x, needs_weight, needs_bias, needs_values = ctx.needs_input_grad[:4]
+    assert not needs_weight, "The base weight is frozen."
+    assert not needs_bias, "The base layer's bias is frozen."
+    for_x, for_values = _gradients(ctx, grad, needs_x, needs_values)
+    return for_x, None, None, for_values, *(None,) * 5
 
 
 _plus_product.register_autograd(_product_backward, setup_context=_product_setup)
+_linear_and_product.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
-def _oriented(
-    values: Tensor,
-    indices: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    shape: Sequence[int],
-    is_transposed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the used inputs, the used outputs, and the delta at both in float32."""
-    support = Support((shape[0], shape[1]), rows, columns)
-    block = support.dense(indices, computable(values))
-    return (rows, columns, block) if is_transposed else (columns, rows, block.t())
+class _Oriented:
+    """A delta's block, from inputs to outputs, in the type that it is computed in."""
+
+    def __init__(
+        self,
+        like: Tensor,
+        values: Tensor,
+        places: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        shape: Sequence[int],
+        is_transposed: bool,
+    ) -> None:
+        is_half = like.is_cuda and like.dtype in _HALVES
+        values = values.to(like.dtype) if is_half else computable(values)
+        support = Support((shape[0], shape[1]), rows, columns)
+        block = support.dense(places, values)
+        self.inputs, self.outputs = (
+            (rows, columns) if is_transposed else (columns, rows)
+        )
+        self.block = block if is_transposed else block.t()
+
+    def add_product_(
+        self, out: Tensor, side: Tensor, is_backward: bool = False
+    ) -> None:
+        """Add the product of a side and the block to ``out``, rounded once.
+
+        Args:
+            out: Shape ``[*, o]``, or ``[*, i]`` backward; contiguous.
+            side: Shape ``[*, i]``, or ``[*, o]`` backward.
+            is_backward: Whether it goes from outputs to inputs.
+        """
+        block, used, target = self.block, self.inputs, self.outputs
+        if is_backward:
+            block, used, target = block.t(), target, used
+        some = taken(side.reshape(-1, side.shape[-1]), used)
+        share = some.to(block.dtype) @ block
+        flat = out.view(-1, out.shape[-1])
+        if not len(target):
+            flat += share
+        elif share.dtype == flat.dtype:
+            flat.index_add_(1, target, share)
+        else:
+            sums = flat.index_select(1, target) + share
+            flat.index_copy_(1, target.long(), sums.to(flat.dtype))

@@ -26,12 +26,15 @@ class Support:
         rows: Numbers of the used rows, ascending; empty for all. Shape ``[r]``, int32.
         columns: Numbers of the used columns, as ``rows``. Shape ``[c]``, int32.
         gradient: One of `METHODS`.
+        known: Positions of the entries in the block, ``[k]``, int32, on a GPU: there
+            starting the kernels that find them takes longer than a layer. Else None.
     """
 
     shape: tuple[int, int]
     rows: Tensor
     columns: Tensor
     gradient: str = "block"
+    known: Tensor | None = None
 
     @classmethod
     def of(cls, indices: Tensor, shape: torch.Size, dtype: torch.dtype) -> "Support":
@@ -51,7 +54,10 @@ class Support:
         )
         found = cls((shape[0], shape[1]), rows, columns)
         method = cheapest(found.block, len(indices), indices.device, dtype)
-        return cls(found.shape, rows, columns, method)
+        height, width = found.block
+        is_kept = indices.is_cuda and height * width < 1 << 31
+        known = found.places(indices).int() if is_kept else None
+        return cls(found.shape, rows, columns, method, known)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -60,7 +66,9 @@ class Support:
         return len(self.rows) or height, len(self.columns) or width
 
     def places(self, indices: Tensor) -> Tensor:
-        """Return the positions of the entries in the block. Shape ``[k]``, int64."""
+        """Return the positions of the entries in the block. Shape ``[k]``, integer."""
+        if self.known is not None:
+            return self.known
         row, column = _divided(indices, self.shape[1])
         if len(self.rows):
             row = torch.searchsorted(self.rows, row)
@@ -68,11 +76,16 @@ class Support:
             column = torch.searchsorted(self.columns, column)
         return row.long() * self.block[1] + column
 
-    def dense(self, indices: Tensor, values: Tensor) -> Tensor:
-        """Return the block of the delta. Shape `block`, dtype of ``values``."""
+    def dense(self, places: Tensor, values: Tensor) -> Tensor:
+        """Return the block of the delta. Shape `block`, dtype of ``values``.
+
+        Args:
+            places: What `places` returned.
+            values: Shape ``[k]``.
+        """
         height, width = self.block
         flat = values.new_zeros(height * width)
-        flat[self.places(indices)] = values
+        flat[places] = values
         return flat.view(height, width)
 
 

@@ -3,7 +3,7 @@ r"""The gradient of a delta's values: the dense weight gradient read at their in
 Source: Sung et al., 2021, arXiv:2111.09839. Of the input only what it needs is kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,10 +46,9 @@ def value_gradient(
     grad: Tensor,
     kept: Tensor,
     values: Tensor,
-    indices: Tensor,
+    places: Tensor,
     rows: Tensor,
     columns: Tensor,
-    shape: Sequence[int],
     method: str,
     is_transposed: bool,
 ) -> Tensor:
@@ -59,15 +58,12 @@ def value_gradient(
         grad: Gradient of the output. Shape ``[*, o]``.
         kept: What `kept` returned.
         values: The values. Shape ``[k]``.
-        indices: Their flat positions. Shape ``[k]``, integer.
+        places: Their positions in the block, as `Support.places`. Shape ``[k]``.
         rows: As in `Support`.
         columns: As in `Support`.
-        shape: Shape of the weight.
         method: One of `METHODS`.
         is_transposed: Whether the weight is ``[i, o]``.
     """
-    support = Support((shape[0], shape[1]), rows, columns)
-    places = support.places(indices)
     if not len(places) or not kept.numel():
         return torch.zeros_like(values)
     outputs = columns if is_transposed else rows
