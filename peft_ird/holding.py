@@ -115,12 +115,13 @@ class Holding(Merging):
 
     def _indices(self, adapter: str) -> dict[str, Tensor]:
         """Return an adapter's sorted flat positions per parameter. Shape ``[k]``."""
-        if adapter not in self.irdelta_indices:
+        held = self.irdelta_indices
+        if adapter not in held:
             return {}
         if adapter in self._unchecked:
             with _CHECKING:
                 self._check(adapter)
-        return dict(self.irdelta_indices[adapter].items())
+        return dict(held[adapter].items())
 
     def entry_counts(self, adapter_name: str) -> dict[str, int]:
         """Return an adapter's number of entries per parameter of this layer."""
@@ -214,13 +215,12 @@ class Holding(Merging):
         self._find_supports(adapter)
         self._unchecked.discard(adapter)
 
-    def _support(self, adapter: str, name: str) -> Support | None:
+    def _support(self, adapter: str, name: str, device: torch.device) -> Support | None:
         """Return the rows and columns in use of a matrix, where its indices are.
 
         FSDP and accelerate move buffers one by one, of which nobody is told.
         """
         support = self._supports.get(adapter, {}).get(name)
-        device = self.irdelta_indices[adapter][name].device
         if support is not None and support.rows.device != device:
             self._find_supports(adapter)
             support = self._supports[adapter][name]

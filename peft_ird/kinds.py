@@ -172,7 +172,7 @@ class Linear(Affine):
             return super()._run(deltas, *args, **kwargs)
         if has_weight and self.is_applied_in_weight(*args):
             return self._run_in_weight(deltas, *args)
-        if self._is_one_product(deltas, *args):
+        if has_weight and self._is_one_product(deltas, *args):
             base, (delta,) = self.get_base_layer(), deltas["weight"]
             return linear_and_product(
                 args[0], base.weight, base.bias, delta, self._is_transposed
@@ -209,14 +209,14 @@ class Linear(Affine):
 
     def _is_one_product(self, deltas: Deltas, x: Tensor) -> bool:
         """Return whether one operator can be base layer and delta."""
+        if len(deltas) > 1 or len(deltas["weight"]) > 1 or not self._is_alone():
+            return False
         base = self.get_base_layer()
-        frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
+        weight, bias = base.weight, base.bias
+        frozen = [weight] if bias is None else [weight, bias]
         return (
-            [*deltas] == ["weight"]
-            and len(deltas["weight"]) == 1
-            and self._is_alone()
-            and "forward" not in base.__dict__
-            and type(base.weight) in {Tensor, nn.Parameter}
+            "forward" not in base.__dict__
+            and type(weight) in {Tensor, nn.Parameter}
             and not any(each.requires_grad for each in frozen)
             and all(each.dtype == x.dtype for each in frozen)
             and not is_autocast(x.device.type)

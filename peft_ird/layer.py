@@ -104,6 +104,13 @@ class IRDLayer(Reading, Holding):
             self._fingerprints[adapter_name] = fingerprint
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def get_base_layer(self) -> Any:
+        """Return the module inside all tuners' layers, as PEFT's but faster."""
+        base: Any = self._modules["base_layer"]
+        while "base_layer" in base._modules:
+            base = base._modules["base_layer"]
+        return base
+
     def share(self, name: str, owner: "IRDLayer", owned_name: str) -> None:
         """Use the deltas of another layer for a parameter that both hold.
 
@@ -153,13 +160,16 @@ class IRDLayer(Reading, Holding):
             )
 
     def _delta(self, adapter_name: str, name: str) -> SparseDelta:
+        indices = self._indices(adapter_name)[name]
         with onloaded(self.irdelta_values[adapter_name]) as values:
-            return SparseDelta(
-                self._indices(adapter_name)[name],
-                values[name],
-                self._base_parameter(name).shape,
-                self._support(adapter_name, name),
-            )
+            return self._assembled(adapter_name, name, indices, values[name])
+
+    def _assembled(
+        self, adapter_name: str, name: str, indices: Tensor, values: Tensor
+    ) -> SparseDelta:
+        shape = self._base_parameter(name).shape
+        support = self._support(adapter_name, name, indices.device)
+        return SparseDelta(indices, values, shape, support)
 
     def _base_parameter(self, name: str) -> Tensor:
         parameter: Tensor = getattr(self.get_base_layer(), name)
@@ -234,12 +244,16 @@ class IRDLayer(Reading, Holding):
         if self.merged:
             return {}
         deltas: dict[str, list[SparseDelta]] = {}
+        held = self.irdelta_values
         for adapter in self.active_adapters if adapters is None else adapters:
-            if adapter not in self.irdelta_values:
+            if adapter not in held:
                 continue
-            for name, values in self.irdelta_values[adapter].items():
-                if values.numel():
-                    deltas.setdefault(name, []).append(self._delta(adapter, name))
+            indices = self._indices(adapter)
+            with onloaded(held[adapter]) as values:
+                for name, tensor in values.items():
+                    if tensor.numel():
+                        delta = self._assembled(adapter, name, indices[name], tensor)
+                        deltas.setdefault(name, []).append(delta)
         return deltas
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

@@ -251,6 +251,12 @@ def _check_plain(name: str, module: nn.Module) -> None:
                 "be selected in whole weights. Select on an unsharded model and pass "
                 "`selection=`."
             )
+        if parameter.is_meta:
+            raise ValueError(
+                f"'{name}.{parameter_name}' is offloaded or was never loaded: it is on "
+                "the meta device. Select on a model that is at hand and pass "
+                "`selection=`."
+            )
         if not parameter.is_floating_point():
             packed.append(f"{parameter_name} ({parameter.dtype})")
     if packed:

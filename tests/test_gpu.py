@@ -48,6 +48,11 @@ def test_a_model_trains_and_merges_as_on_the_cpu(name, dtype):
     settings = config(name)
     settings.calibration = make_samples(name)
     model = get_peft_model(make_model(name), settings).eval()
+    random = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if "irdelta" in key:
+            drawn = torch.randn(parameter.shape, generator=random)
+            parameter.data = 0.1 * drawn
     moved = copy.deepcopy(model).to("cuda", dtype)
     batch = make_batch(name)
     on_device = {k: v.cuda() for k, v in batch.items()}
@@ -73,7 +78,8 @@ def fisher(model, name: str) -> torch.Tensor:
 def test_the_fisher_information_is_that_of_the_cpu(name):
     model = make_model(name).double()
     here, there = fisher(model, name), fisher(copy.deepcopy(model).cuda(), name)
-    assert_close(there, here, **TOL[torch.float64])
+    # Some norms and activations compute in float32 whatever the model's type.
+    assert_close(there, here, rtol=1e-5, atol=1e-6 * float(here.max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -134,6 +140,38 @@ def test_gradients_of_a_step_are_those_of_the_cpu(name, method, way):
     assert trained
     for here, there in trained:
         assert_close(there.grad.cpu(), here.grad, **TOL[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["random", "fish"])
+def test_a_step_in_low_precision_is_close_to_float64(name, dtype, method):
+    settings = config(name)
+    settings.method, settings.calibration = method, make_samples(name)
+    model = get_peft_model(make_model(name), settings).eval()
+    for key, parameter in model.named_parameters():
+        if "irdelta" in key:
+            parameter.data = 0.05 * torch.randn(parameter.shape)
+    moved, exact = copy.deepcopy(model).to("cuda", dtype), model.double()
+    batch = make_batch(name)
+    exact(**batch).loss.backward()
+    moved(**{k: v.cuda() for k, v in batch.items()}).loss.backward()
+    pairs = zip(exact.parameters(), moved.parameters(), strict=True)
+    found = [(h.grad, t.grad.double().cpu()) for h, t in pairs if h.grad is not None]
+    sides = zip(*found, strict=True)
+    here, there = (torch.cat([g.flatten() for g in side]) for side in sides)
+    assert torch.corrcoef(torch.stack([here, there]))[0, 1] > 0.99
+    assert (there.norm() / here.norm()).log().abs() < 0.1
+
+
+def test_an_adapter_may_move_to_the_gpu_and_back(name):
+    settings = config(name)
+    settings.calibration = make_samples(name)
+    model, batch = get_peft_model(make_model(name), settings).eval(), make_batch(name)
+    expected = model(**batch).logits
+    model.cuda()
+    there = model(**{k: v.cuda() for k, v in batch.items()}).logits
+    assert_close(there.cpu(), expected, **TOL[torch.float32])
+    assert torch.equal(model.cpu()(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

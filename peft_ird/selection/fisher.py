@@ -58,8 +58,9 @@ class FisherEstimator:
         seed: Seed of the sampled labels; a sample's labels do not depend on the order.
         memory_limit: Bytes beyond the model for accumulators, activations and kept
             gradients. Half of it is for accumulators; more parameters than that holds
-            are taken in groups, with a pass each. Default: no groups, and a quarter of
-            the device's memory, at most 8 GiB, for kept gradients.
+            are taken in groups, with a pass each. Default: what is free on a GPU;
+            elsewhere no groups, and a quarter of the memory, at most 8 GiB, for kept
+            gradients.
 
     Raises:
         ValueError: If ``memory_limit`` is too small for the largest parameter.
@@ -77,7 +78,7 @@ class FisherEstimator:
         self.pool = pool
         self._seed = seed
         self._ranks = Ranks()
-        limits = Limits.of(pool, calibration.batch_size, memory_limit)
+        limits = Limits.of(pool, calibration.batch_size, memory_limit, self._ranks)
         self._groups = pool.groups(limits.accumulator_bytes, ACCUMULATOR_BYTES)
         singles = Singles(model, pool, calibration, fisher_type, seed)
         self._engine = Engine(singles, self._ranks, limits)

@@ -7,7 +7,13 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["own_randomness"]
+__all__ = ["own_randomness", "seeded_devices"]
+
+
+def seeded_devices() -> list[int]:
+    """Return the GPUs whose random state may change; none before the first is used."""
+    is_used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return list(range(torch.cuda.device_count())) if is_used else []
 
 
 @contextmanager
@@ -22,7 +28,7 @@ def own_randomness(seed: int) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(seeded_devices()):
         try:
             torch.default_generator.manual_seed(seed)
             random.seed(seed)

@@ -66,7 +66,7 @@ def _train(
     for positions in _draws(available, steps, seed):
         total = torch.zeros((), device=head[0].device)
         for batch in engine.batches(positions):
-            total = total + engine.loss(batch)
+            total = total + engine.loss(batch).to(total.device)
         loss = total / len(positions)
         gradients = torch.autograd.grad(loss, head, allow_unused=True)
         for parameter, gradient in zip(head, gradients, strict=True):

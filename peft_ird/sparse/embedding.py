@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.lending import unlent
+from peft_ird.sparse.operator import Operator
 
 __all__ = ["plus_rows", "rows_of"]
 
@@ -29,8 +30,7 @@ def plus_rows(
         Shape and dtype of ``y``.
     """
     padding = _NO_PADDING if padding_idx is None else padding_idx
-    out: Tensor = _plus_rows(y, ids, delta.values, delta.indices, padding)
-    return out
+    return _plus_rows(y, ids, delta.values, delta.indices, padding)
 
 
 def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
@@ -43,25 +43,19 @@ def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
     Returns:
         Shape ``[*, i]``, dtype of ``weight``.
     """
-    out: Tensor = _rows_of(weight, ids)
-    return out
+    return _rows_of(weight, ids)
 
 
-@torch.library.custom_op("peft_ird::rows_of", mutates_args=())
-def _rows_of(weight: Tensor, ids: Tensor) -> Tensor:
+def _compute_rows_of(weight: Tensor, ids: Tensor) -> Tensor:
     with unlent(weight):
         return F.embedding(ids, weight)
 
 
-@_rows_of.register_fake
-def _(weight: Tensor, ids: Tensor) -> Tensor:
+def _fake_rows_of(weight: Tensor, ids: Tensor) -> Tensor:
     return weight.new_empty(*ids.shape, weight.shape[1])
 
 
-@torch.library.custom_op(
-    "peft_ird::plus_rows", mutates_args=(), tags=torch.Tag.cudagraph_unsafe
-)
-def _plus_rows(
+def _compute(
     y: Tensor,
     ids: Tensor,
     values: Tensor,
@@ -74,15 +68,11 @@ def _plus_rows(
     return out
 
 
-@_plus_rows.register_fake
-def _(y: Tensor, *_: Any) -> Tensor:
+def _fake(y: Tensor, *_: Any) -> Tensor:
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op(
-    "peft_ird::rows_gradient", mutates_args=(), tags=torch.Tag.cudagraph_unsafe
-)
-def _rows_gradient(
+def _compute_gradient(
     grad: Tensor, ids: Tensor, values: Tensor, indices: Tensor, padding: int
 ) -> Tensor:
     entry, place = _matches(ids, indices, grad.shape[-1], padding)
@@ -90,8 +80,7 @@ def _rows_gradient(
     return torch.zeros_like(values).index_add_(0, entry, found)
 
 
-@_rows_gradient.register_fake
-def _(*args: Any) -> Tensor:
+def _fake_gradient(*args: Any) -> Tensor:
     return torch.empty_like(args[2])
 
 
@@ -109,7 +98,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad if needs_y else None, None, found, None, None
 
 
-_plus_rows.register_autograd(_backward, setup_context=_setup)
+# How many entries the tokens have is not known before: no graph of CUDA's can hold it.
+_SIZED = torch.Tag.cudagraph_unsafe
+_rows_of = Operator("rows_of", _compute_rows_of, _fake_rows_of)
+_plus_rows = Operator("plus_rows", _compute, _fake, _setup, _backward, _SIZED)
+_rows_gradient = Operator(
+    "rows_gradient", _compute_gradient, _fake_gradient, tags=_SIZED
+)
 
 
 def _matches(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.lending import with_delta
+from peft_ird.sparse.operator import Operator
 from peft_ird.sparse.support import Support
 from peft_ird.sparse.values import kept, support_of, value_gradient
 from peft_ird.sparse.ways import gradient_in_force
@@ -46,15 +47,13 @@ def linear(
         Output. Shape ``[*, o]``, dtype of ``x``.
     """
     support = support_of(delta)
-    y: Tensor = _linear(
+    return _linear(
         x, weight, bias, delta.values, delta.indices, support.rows, support.columns,
         gradient_in_force(support.gradient), is_transposed,
     )  # fmt: skip
-    return y
 
 
-@torch.library.custom_op("peft_ird::linear", mutates_args=())
-def _linear(
+def _compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -73,25 +72,27 @@ def _linear(
         return y.view(*x.shape[:-1], merged.shape[1])
 
 
-@_linear.register_fake
-def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1 if others[-1] else 0])
 
 
-@torch.library.custom_op("peft_ird::input_gradient", mutates_args=())
-def _input_gradient(
+def _compute_input_gradient(
     grad: Tensor, weight: Tensor, values: Tensor, indices: Tensor, is_transposed: bool
 ) -> Tensor:
     with with_delta(weight, indices, values) as merged:
         return grad @ (merged.t() if is_transposed else merged)
 
 
-@_input_gradient.register_fake
-def _(grad: Tensor, weight: Tensor, *others: Any) -> Tensor:
+def _fake_input_gradient(grad: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[0 if others[-1] else 1])
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
+_input_gradient = Operator(
+    "input_gradient", _compute_input_gradient, _fake_input_gradient
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
     x, weight, bias, values, indices, rows, columns, method, is_transposed = inputs
     ctx.method, ctx.is_transposed = method, is_transposed
     ctx.has_bias = bias is not None
@@ -100,7 +101,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
     ctx.save_for_backward(needed, weight, values, indices, rows, columns)
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed, weight, values, indices, rows, columns = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_values = ctx.needs_input_grad[:4]
     assert not needs_weight, "The base weight is frozen."
@@ -118,4 +119,4 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return for_x, None, for_bias, for_values, None, None, None, None, None
 
 
-_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+_linear = Operator("linear", _compute, _fake, _setup, _backward)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ird.sparse.delta import SparseDelta
+from peft_ird.sparse.operator import Operator
 from peft_ird.sparse.products import computable
 from peft_ird.sparse.support import Support
 from peft_ird.sparse.values import (
@@ -47,12 +48,11 @@ def plus_product(
         Shape and dtype of ``y``.
     """
     support = support_of(delta)
-    out: Tensor = _plus_product(
+    return _plus_product(
         y, x, delta.values, support.places(delta.indices), support.rows,
         support.columns, list(support.shape), gradient_in_force(support.gradient),
         is_transposed,
     )  # fmt: skip
-    return out
 
 
 def linear_and_product(
@@ -75,15 +75,13 @@ def linear_and_product(
         Shape ``[*, o]``, dtype of ``x``.
     """
     support = support_of(delta)
-    out: Tensor = _linear_and_product(
+    return _linear_and_product(
         x, weight, bias, delta.values, support.places(delta.indices), support.rows,
         support.columns, gradient_in_force(support.gradient), is_transposed,
     )  # fmt: skip
-    return out
 
 
-@torch.library.custom_op("peft_ird::plus_product", mutates_args=())
-def _plus_product(
+def _compute_plus_product(
     y: Tensor,
     x: Tensor,
     values: Tensor,
@@ -101,13 +99,11 @@ def _plus_product(
     return out
 
 
-@_plus_product.register_fake
-def _(y: Tensor, *_: Any) -> Tensor:
+def _fake_plus_product(y: Tensor, *_: Any) -> Tensor:
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("peft_ird::linear_and_product", mutates_args=())
-def _linear_and_product(
+def _compute_linear_and_product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -129,13 +125,11 @@ def _linear_and_product(
     return y
 
 
-@_linear_and_product.register_fake
-def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+def _fake_linear_and_product(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1 if others[-1] else 0])
 
 
-@torch.library.custom_op("peft_ird::product_input_gradient", mutates_args=())
-def _product_input_gradient(
+def _compute_product_input_gradient(
     grad: Tensor,
     weight: Tensor | None,
     values: Tensor,
@@ -158,8 +152,7 @@ def _product_input_gradient(
     return out
 
 
-@_product_input_gradient.register_fake
-def _(grad: Tensor, *others: Any) -> Tensor:
+def _fake_product_input_gradient(grad: Tensor, *others: Any) -> Tensor:
     shape, dtype, is_transposed = others[-3:]
     return grad.new_empty(
         *grad.shape[:-1], shape[0 if is_transposed else 1], dtype=dtype
@@ -215,8 +208,25 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return for_x, None, None, for_values, *(None,) * 5
 
 
-_plus_product.register_autograd(_product_backward, setup_context=_product_setup)
-_linear_and_product.register_autograd(_linear_backward, setup_context=_linear_setup)
+_product_input_gradient = Operator(
+    "product_input_gradient",
+    _compute_product_input_gradient,
+    _fake_product_input_gradient,
+)
+_plus_product = Operator(
+    "plus_product",
+    _compute_plus_product,
+    _fake_plus_product,
+    _product_setup,
+    _product_backward,
+)
+_linear_and_product = Operator(
+    "linear_and_product",
+    _compute_linear_and_product,
+    _fake_linear_and_product,
+    _linear_setup,
+    _linear_backward,
+)
 
 
 class _Oriented:
@@ -257,7 +267,7 @@ class _Oriented:
         some = taken(side.reshape(-1, side.shape[-1]), used)
         share = some.to(block.dtype) @ block
         flat = out.view(-1, out.shape[-1])
-        if not len(target):
+        if not target.numel():
             flat += share
         elif share.dtype == flat.dtype:
             flat.index_add_(1, target, share)

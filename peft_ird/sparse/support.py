@@ -63,16 +63,16 @@ class Support:
     def block(self) -> tuple[int, int]:
         """Number of rows and columns that are computed with."""
         height, width = self.shape
-        return len(self.rows) or height, len(self.columns) or width
+        return self.rows.numel() or height, self.columns.numel() or width
 
     def places(self, indices: Tensor) -> Tensor:
         """Return the positions of the entries in the block. Shape ``[k]``, integer."""
         if self.known is not None:
             return self.known
         row, column = _divided(indices, self.shape[1])
-        if len(self.rows):
+        if self.rows.numel():
             row = torch.searchsorted(self.rows, row)
-        if len(self.columns):
+        if self.columns.numel():
             column = torch.searchsorted(self.columns, column)
         return row.long() * self.block[1] + column
 

@@ -3,16 +3,17 @@ r"""The gradient of a delta's values: the dense weight gradient read at their in
 Source: Sung et al., 2021, arXiv:2111.09839. Of the input only what it needs is kept.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_ird.sparse.delta import SparseDelta
+from peft_ird.sparse.operator import Operator
 from peft_ird.sparse.products import METHODS
 from peft_ird.sparse.support import Support
+from peft_ird.sparse.ways import is_autocast
 
 __all__ = ["kept", "support_of", "taken", "value_gradient", "without_autocast"]
 
@@ -41,8 +42,7 @@ def kept(x: Tensor, values: Tensor, support: Support, is_transposed: bool) -> Te
     return taken(x.reshape(-1, x.shape[-1]), inputs)
 
 
-@torch.library.custom_op("peft_ird::value_gradient", mutates_args=())
-def value_gradient(
+def _compute(
     grad: Tensor,
     kept: Tensor,
     values: Tensor,
@@ -64,7 +64,7 @@ def value_gradient(
         method: One of `METHODS`.
         is_transposed: Whether the weight is ``[i, o]``.
     """
-    if not len(places) or not kept.numel():
+    if not places.numel() or not kept.numel():
         return torch.zeros_like(values)
     outputs = columns if is_transposed else rows
     left, right = taken(grad.reshape(-1, grad.shape[-1]), outputs), kept
@@ -74,22 +74,19 @@ def value_gradient(
         return METHODS[method](left, right, places).to(values.dtype)
 
 
-@value_gradient.register_fake
-def _(*args: Any) -> Tensor:
+def _fake(*args: Any) -> Tensor:
     return torch.empty_like(args[2])
+
+
+value_gradient = Operator("value_gradient", _compute, _fake)
 
 
 def taken(matrix: Tensor, columns: Tensor) -> Tensor:
     """Return some columns of a matrix; all if none are named."""
-    return matrix.index_select(1, columns) if len(columns) else matrix
+    return matrix.index_select(1, columns) if columns.numel() else matrix
 
 
-@contextmanager
-def without_autocast(tensor: Tensor) -> Iterator[None]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Compute in the types that are there, on a tensor's device."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):  # as for meta
-        yield
-        return
-    with torch.autocast(kind, enabled=False):
-        yield
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()

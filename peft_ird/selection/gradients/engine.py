@@ -65,9 +65,10 @@ class Engine:
             trial = Trial(self.together, groups, self._limits.batch_size)
             with self._raising_together():
                 outcome = trial.outcome(samples)
-            everywhere = frozenset().union(*self.ranks.gather(outcome.alone))
+            outcome = outcome.agreed(self.ranks.gather(outcome))
+            everywhere = outcome.alone
             self._share_scale()
-            self._outcome = replace(outcome, alone=everywhere)
+            self._outcome = outcome
             if everywhere:
                 logger.info(
                     "Gradients of %d of %d parameters are taken one sample at a time, "

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_ird.selection.randomness import seeded_devices
+
 __all__ = ["borrowed", "requiring_grad"]
 
 
@@ -26,7 +28,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     states = [(m, dict(m._buffers), _numbers(m)) for m in model.modules() if m._buffers]
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(seeded_devices()), torch.enable_grad():
         try:
             model.eval()
             for parameter, _ in flags:

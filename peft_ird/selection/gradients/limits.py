@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.statistics import ACCUMULATOR_BYTES
 from peft_ird.selection.pool import Pool
 
@@ -37,22 +38,32 @@ class Limits:
 
     @classmethod
     def of(
-        cls, pool: Pool, batch_size: int | None, memory_limit: int | None
+        cls,
+        pool: Pool,
+        batch_size: int | None,
+        memory_limit: int | None,
+        ranks: Ranks | None = None,
     ) -> "Limits":
         """Divide the memory: half for sums, a quarter for a batch, the rest to keep.
 
         Args:
             pool: The candidate entries.
             batch_size: Samples in a batch; None for as many as there are tokens for.
-            memory_limit: Bytes beyond the model; None for no limit but that on kept
-                gradients, a quarter of the device's memory and at most 8 GiB.
+            memory_limit: Bytes beyond the model; None for what is free on a GPU, and
+                for no limit elsewhere, but that on kept gradients, a quarter of the
+                device's memory and at most 8 GiB.
+            ranks: The processes, which divide alike.
 
         Raises:
             ValueError: If ``memory_limit`` is too small for the largest parameter.
         """
         tokens = _TOKENS.get(pool.device.type, _TOKENS["cuda"])
+        if memory_limit is None and pool.device.type == "cuda":
+            free = (ranks or Ranks()).gather(torch.cuda.mem_get_info(pool.device)[0])
+            sums, quarter = min(free) // 2, min(free) // 4
+            return cls(tokens, batch_size, sums, quarter, min(_MOST_KEPT, quarter))
         if memory_limit is None:
-            kept = min(_MOST_KEPT, _memory_of(pool.device) // 4)
+            kept = min(_MOST_KEPT, _memory() // 4)
             return cls(tokens, batch_size, _UNLIMITED, None, kept)
         largest = max(pool.sizes) * ACCUMULATOR_BYTES
         if 2 * largest > memory_limit:
@@ -68,9 +79,7 @@ class Limits:
         return cls(tokens, batch_size, memory_limit // 2, batch, kept)
 
 
-def _memory_of(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+def _memory() -> int:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4 * _MOST_KEPT

@@ -52,6 +52,23 @@ class Outcome:
     sample_bytes: float = 0.0
     activation_bytes: float = 0.0
 
+    @staticmethod
+    def agreed(outcomes: Sequence["Outcome"]) -> "Outcome":
+        """Return what holds for several processes, so that all make the same batches.
+
+        Args:
+            outcomes: What each of them found.
+        """
+        return Outcome(
+            all(each.padded for each in outcomes),
+            all(each.has_losses for each in outcomes),
+            frozenset().union(*(each.alone for each in outcomes)),
+            any(each.is_single for each in outcomes),
+            max(each.token_bytes for each in outcomes),
+            max(each.sample_bytes for each in outcomes),
+            max(each.activation_bytes for each in outcomes),
+        )
+
 
 class Trial:
     """Compares batches with single samples.
@@ -120,6 +137,11 @@ class Trial:
         losses, expected = self._alone(pair)
         try:
             return self._batched(pair, padded, losses, expected)
+        except torch.OutOfMemoryError as problem:
+            raise RuntimeError(
+                f"{problem} That was a batch of {len(pair)} samples: pass a "
+                "`memory_limit`, or Calibration(..., batch_size=1)."
+            ) from problem
         except Exception as problem:  # whatever the model cannot do with a batch
             logger.debug("Samples cannot share a batch: %r", problem)
             return Outcome(padded, False, self._parts)
@@ -135,6 +157,7 @@ class Trial:
                 )
                 for part, gradient in gradients.items():
                     norms[n, part] = Dense(gradient[None]).squared_norms((0,))[0]
+                gradients.clear()  # before those of the next
         return losses, norms
 
     def _batched(

@@ -1,0 +1,74 @@
+"""Operators: opaque to compilers, and plain functions where nobody compiles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["Operator"]
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Operator:
+    """A function of tensors with a backward pass of its own.
+
+    Compilers get a custom operator, and so do tensors without numbers. A custom
+    operator takes a tenth of a millisecond of Python at every call, which a small layer
+    does not; so what is computed at once is an ordinary function of autograd.
+
+    Args:
+        name: Its name in the namespace of this package.
+        compute: Returns a new tensor; annotated as `torch.library.custom_op` wants.
+        fake: Returns an empty tensor of that shape and dtype.
+        setup: Saves what backward needs, ``(ctx, inputs, output=...)``.
+        backward: Returns the gradients of all arguments, ``(ctx, grad)``; cannot be
+            differentiated. None for an operator without gradients.
+        tags: As for `torch.library.custom_op`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        compute: Callable[..., Tensor],
+        fake: Callable[..., Tensor],
+        setup: Callable[..., None] | None = None,
+        backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+        tags: Any = None,
+    ) -> None:
+        self.compute = compute
+        self._opaque = torch.library.custom_op(
+            f"peft_ird::{name}", compute, mutates_args=(), tags=tags
+        )
+        self._opaque.register_fake(fake)
+        self._function: Any = None
+        if backward is None or setup is None:
+            return
+        self._opaque.register_autograd(backward, setup_context=setup)
+
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            output = compute(*inputs)
+            setup(ctx, inputs, output=output)
+            return output
+
+        self._function = type(
+            name,
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(forward),
+                "backward": staticmethod(once_differentiable(backward)),
+            },
+        )
+
+    def __call__(self, first: Tensor, *others: Any) -> Tensor:
+        """Compute; the first argument tells whether there are numbers."""
+        is_opaque = type(first) not in _PLAIN or first.is_meta
+        if is_opaque or torch.compiler.is_compiling():
+            found: Tensor = self._opaque(first, *others)
+        elif self._function is None or not torch.is_grad_enabled():
+            found = self.compute(first, *others)
+        else:
+            found = self._function.apply(first, *others)
+        return found
