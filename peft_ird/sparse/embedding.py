@@ -99,7 +99,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 # How many entries the tokens have is not known before: no graph of CUDA's can hold it.
-_SIZED = torch.Tag.cudagraph_unsafe
+_SIZED = (torch.Tag.cudagraph_unsafe,)
 _rows_of = Operator("rows_of", _compute_rows_of, _fake_rows_of)
 _plus_rows = Operator("plus_rows", _compute, _fake, _setup, _backward, _SIZED)
 _rows_gradient = Operator(

@@ -1,6 +1,6 @@
 """Operators: opaque to compilers, and plain functions where nobody compiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Operator:
         fake: Callable[..., Tensor],
         setup: Callable[..., None] | None = None,
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
-        tags: Any = None,
+        tags: Sequence[torch.Tag] = (),
     ) -> None:
         self.compute = compute
         self._opaque = torch.library.custom_op(
