@@ -214,8 +214,8 @@ def table(results: Record) -> str:
     note = (
         f"{settings['samples']} samples of {settings['length']} tokens, random "
         f"weights, {settings['dtype']}, medians of {settings['repeats']} repetitions, "
-        f"{where}, {versions}; the selection is IRD's, {DENSITY:.1%}, with the check of "
-        "batches."
+        f"{where}, {versions}; the selection is IRD's, {DENSITY:.1%}, with the check "
+        "of batches."
     )
     return "\n".join([*lines, "", note, ""])
 

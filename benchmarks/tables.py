@@ -17,6 +17,7 @@ import glue_density
 import glue_table
 import option_study
 import search_study
+import selection_large
 import selection_speed
 import selection_stairs
 import step_table
@@ -165,6 +166,16 @@ def steps_table() -> str:
     return step_table.table(results)
 
 
+def large_selections_table() -> str:
+    """Return what selecting costs on a GPU."""
+    return selection_large.table(read("selection-large"))
+
+
+def gpu_steps_table() -> str:
+    """Return what a training step costs on a GPU."""
+    return step_table.table(read("step-gpu"))
+
+
 def options_table() -> str:
     """Return what options of the selection are worth on real data."""
     return option_study.table(read("option-study"))
@@ -224,7 +235,9 @@ TABLES = {
     "search": search_table,
     "quickstart": quickstart_table,
     "selection": selection_table,
+    "selection-large": large_selections_table,
     "step": steps_table,
+    "step-gpu": gpu_steps_table,
     "options": options_table,
     "files": files_table,
 }
