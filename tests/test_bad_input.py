@@ -454,3 +454,12 @@ def test_a_selection_for_another_model():
     selection = select_parameters(make_model("bert"), config(budget=9, method="random"))
     with pytest.raises(ValueError, match="has no parameter"):
         get_peft_model(make_model("llama"), IRDConfig(selection=selection))
+
+
+def test_weights_on_the_meta_device_are_refused():
+    with torch.device("meta"):
+        model = make_model("gpt2")
+    with pytest.raises(
+        ValueError, match=r"wte\.weight' is offloaded or was never loaded"
+    ):
+        select_parameters(model, IRDConfig(density=0.1), make_samples("gpt2"))

@@ -876,6 +876,22 @@ class TestModules:
         check_model(model, batches, alone=set(), batch_size=batch_size)
         assert set(sizes) == {tried}
 
+    def test_processes_agree_on_what_is_exact_for_all(self):
+        one = trial.Outcome(True, True, frozenset({1}), False, 4.0, 2.0, 9.0)
+        two = trial.Outcome(False, True, frozenset({2}), True, 3.0, 8.0, 9.5)
+        both = trial.Outcome(False, True, frozenset({1, 2}), True, 4.0, 8.0, 9.5)
+        assert trial.Outcome.agreed([one, two]) == both
+        assert trial.Outcome.agreed([one]) == one
+
+    def test_a_batch_that_does_not_fit_is_no_reason_to_go_one_by_one(self, monkeypatch):
+        def run(*_: Any, **__: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(trial.Together, "run", run)
+        config = IRDConfig(density=0.1, num_samples=4)
+        with pytest.raises(RuntimeError, match=r"out of memory.*pass a `memory_limit`"):
+            select_parameters(make_model("gpt2"), config, make_samples("gpt2", 4))
+
     def test_samples_that_no_other_is_like_go_alone(self, caplog):
         caplog.set_level("INFO", logger="peft_ird")
         samples = token_samples((2, 3, 4, 5))
