@@ -14,6 +14,7 @@ from peft_ird.targets import base_model, base_modules
 
 __all__ = ["check_base", "fingerprints", "provenance"]
 
+_MOST_SAMPLES = 128  # positions that are written down
 _PACKAGES = ("peft_ird", "torch", "peft", "transformers")
 
 
@@ -28,6 +29,7 @@ def provenance(selection: Selection) -> dict[str, Any]:
         "seed": selection.seed,
         "num_samples": len(selection.first_samples),
         "samples_kept": len(selection.samples),
+        "samples": list(selection.samples[:_MOST_SAMPLES]),
         "stages": [list(cell) for cell in selection.stages],
         "num_candidates": selection.num_candidates,
         "versions": {name: _version(name) for name in _PACKAGES},

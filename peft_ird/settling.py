@@ -11,6 +11,7 @@ from peft_ird.config import IRDConfig
 from peft_ird.injection import Shapes, parameter_shapes
 from peft_ird.layer import IRDLayer
 from peft_ird.record import check_base, provenance
+from peft_ird.selection.criteria import METHODS
 from peft_ird.sparse.coding import pack
 from peft_ird.sparse.storage import CODED, VALUES, Entries, entry_counts, plain_name
 from peft_ird.targets import (
@@ -63,6 +64,9 @@ def settle(
         _check_shapes(shapes, selection.shapes)
         selection.check()
         _check_size(config, len(selection), selection.num_candidates)
+        if selection is config.selection and selection.method in METHODS:
+            # The options of a selection of its own are not those of this one.
+            config.method, config.seed = selection.method, selection.seed
         config.selection = selection
         config.provenance, config.fingerprint = provenance(selection), None
     config.nnz_pattern, config.shape_pattern = counts, shapes

@@ -16,7 +16,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_ird import IRDConfig, ignoring_base_mismatch
+from peft_ird import IRDConfig, ignoring_base_mismatch, select_parameters
 from peft_ird.layer import IRDLayer
 from tests.conftest import make_batch, make_model, make_samples, task_type
 
@@ -255,7 +255,8 @@ def test_the_origin_is_recorded(tmp_path):
     assert origin["method"] == "ird"
     assert origin["seed"] == 7
     assert origin["num_samples"] == 8
-    assert 1 <= origin["samples_kept"] < 8
+    assert 1 <= origin["samples_kept"] == len(origin["samples"]) < 8
+    assert set(origin["samples"]) <= set(range(len(data)))
     assert origin["stages"][0][0] == 8
     assert origin["stages"][-1][1] == 0.02
     assert set(origin["versions"]) == {"peft_ird", "torch", "peft", "transformers"}
@@ -271,3 +272,14 @@ def test_a_newer_format_is_refused(saved, name):
     path.write_text(json.dumps(settings))
     message = "`format_version` 3; this version of peft_ird reads up to 2. Upgrade"
     refused(saved, make_model(name), message)
+
+
+def test_a_given_selection_says_how_it_was_chosen(tmp_path):
+    chosen = IRDConfig(density=0.1, method="magnitude", seed=3)
+    model = make_model("bert")
+    selection = select_parameters(model, chosen)
+    config = IRDConfig(selection=selection)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    found = settings_of(tmp_path)
+    assert (found["method"], found["seed"]) == ("magnitude", 3)
+    assert found["provenance"]["method"] == "magnitude"

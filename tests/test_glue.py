@@ -212,6 +212,28 @@ def test_a_long_sample_loses_words_of_its_texts_not_the_question(load):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("task", ["mnli", "qqp", "qnli", "rte", "wnli"])
+def test_every_task_of_pairs_is_read_trained_and_scored(load, tmp_path, task):
+    run_glue, glue = load("run_glue"), load("glue").GLUE[task]
+    rows = {name: PAIRS[f"sentence{i}"] for i, name in enumerate(glue.texts, 1)}
+    assert len(rows) == 2
+    rows["label"] = [i % glue.num_labels for i in range(64)]
+    data = write_glue(tmp_path, task, rows, ("train", *glue.evaluations))
+    model = tiny_checkpoint(tmp_path / "model", "bert")
+    options = run_glue.parse_arguments(
+        f"--task {task} --data-dir {data} --model {model} --budget 100 --epochs 1 "
+        f"--max-train 32 --held-out 8 --output-dir {tmp_path}".split()
+        + few_samples(load, "ird")
+    )
+    scores = run_glue.run(options)["scores"]
+    matched = {"validation_matched", "validation_mismatched"}
+    splits = matched if task == "mnli" else {"validation"}
+    assert set(scores) == {"held_out", *splits}
+    assert all(0 <= each["score"] <= 1 for each in scores.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_decoder_is_trained(load, tmp_path, kind):
     run_glue = load("run_glue")
