@@ -940,6 +940,29 @@ class TestModules:
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, before[name])
 
+    @pytest.mark.parametrize("is_detached", [False, True])
+    def test_a_frozen_tower_is_left_alone(self, is_detached):
+        class Towers(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.tower, self.own = linear(), linear()
+
+            def forward(self, x: Tensor) -> Tensor:
+                with torch.set_grad_enabled(not is_detached):
+                    y = self.tower(x)
+                return self.own(x + y)
+
+        body = Towers()
+        body.tower.requires_grad_(False)
+        model, samples = net(body), token_samples(LENGTHS)
+        config = IRDConfig(density=0.1, target_modules=["own"])
+        pool = find_candidates(model, config)
+        assert {module for module, _ in pool.names} == {"body.own"}
+        expected = expected_of(model, samples, pool, cross_entropy)
+        found = compute(model, Calibration(samples, loss=cross_entropy), pool)
+        check(found, expected, set())
+        assert not any(p.requires_grad for p in body.tower.parameters())
+
     def test_a_parameter_in_a_list_is_taken_alone(self):
         class Doubled(OneRow):
             def forward(self, x: Tensor) -> Tensor:

@@ -101,7 +101,9 @@ class Outer(Entrywise):
                 some = kept[first : first + size]
                 left = rows_of(self.left, some)[..., start : start + step]
                 g = _products(left, rows_of(self.right, some))
-                tile.add_(g.square_().sum(0), alpha=self.unscale**2)
+                # One reading of what is formed, where squares and their sum take three.
+                norms = torch.linalg.vector_norm(g, dim=0)
+                tile.add_(norms.square_(), alpha=self.unscale**2)
 
     def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
