@@ -200,6 +200,12 @@ class IRDLayer(Reading, Holding):
             adapter_names: The adapter of each sample, in place of the active ones.
             **kwargs: What the base layer takes.
         """
+        if "_is_replica" in self.__dict__:  # of which some lack parameters
+            raise RuntimeError(
+                "nn.DataParallel does not work with IRD adapters. Start the script by "
+                "torchrun or accelerate launch, or show it one GPU by "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         if adapter_names is None:
             return self._run_or_pass(self._deltas_in_force(), *args, **kwargs)
         found = {name: self._deltas_in_force([name]) for name in {*adapter_names}}

@@ -383,3 +383,12 @@ def test_a_support_that_was_left_behind_is_found_again():
     moved = replace(support, rows=away[0], columns=away[1])
     layer._supports["default"]["weight"] = moved  # as if the indices had gone alone
     assert torch.equal(model(x), expected)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    config = IRDConfig(method="random", density=0.5, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    layer = model.base_model.model[0]
+    layer(torch.randn(2, 4))
+    with pytest.raises(RuntimeError, match="Start the script by torchrun"):
+        layer._replicate_for_data_parallel()(torch.randn(2, 4))
