@@ -4,9 +4,12 @@ import json
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,14 +28,27 @@ def git_state() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return what the figures depend on.
+
+    Args:
+        device: Where it is measured.
+    """
+    on_gpu = device.startswith("cuda")
     return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "cores": os.cpu_count(),
         "processor": platform.machine(),
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def now(device: str) -> float:
+    """Return the time when a device is through with its work, in seconds."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def write(path: Path, content: Any) -> None:

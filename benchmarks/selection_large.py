@@ -10,7 +10,6 @@ the same batches, with the gradients of the candidates added up.
 import argparse
 import gc
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import RESULTS, git_state, machine, versions, write
+from record import RESULTS, git_state, machine, now, versions, write
 from shapes import SHAPES, build, draw, targets
 from torch import nn
 
@@ -51,14 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=RESULTS / "selection-large.json")
     options = parser.parse_args(argv)
-    on_gpu = options.device.startswith("cuda")
     cells = [measure(name, options) for name in options.shapes]
-    name = torch.cuda.get_device_name(options.device) if on_gpu else None
     results = {
         "settings": {k: v for k, v in vars(options).items() if k != "output"},
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "machine": {**machine(), "gpu": name},
+        "machine": machine(options.device),
         "git": git_state(),
         "cells": cells,
     }
@@ -162,13 +159,6 @@ def in_turn(
             if i:
                 seconds[name].append(now(options.device) - start)
     return seconds
-
-
-def now(device: str) -> float:
-    """Return the time when the device is through with its work."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def start_memory(device: str) -> int:

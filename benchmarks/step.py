@@ -90,16 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": {k: v for k, v in vars(options).items() if k != "output"},
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "machine": {**machine(), "gpu": _gpu(options.device)},
+        "machine": machine(options.device),
         "git": git_state(),
         **measure(options),
     }
     write(options.output, results)
     print(table(results))
-
-
-def _gpu(device: str) -> str | None:
-    return torch.cuda.get_device_name() if device.startswith("cuda") else None
 
 
 def measure(options: argparse.Namespace) -> Record:

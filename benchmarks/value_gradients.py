@@ -7,14 +7,13 @@ python benchmarks/value_gradients.py --device cuda --dtype bfloat16 \
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from record import RESULTS, git_state, machine, versions, write
+from record import RESULTS, git_state, machine, now, versions, write
 from torch import Tensor
 from trainees import FILLED, ROWS_PER_COLUMN
 
@@ -50,15 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for mask in options.masks
         for density in options.densities
     ]
-    on_gpu = options.device.startswith("cuda")
     result = {
         "settings": {k: v for k, v in vars(options).items() if k != "output"},
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "machine": {
-            **machine(),
-            "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        },
+        "machine": machine(options.device),
         "git": git_state(),
         "cells": cells,
     }
@@ -87,9 +82,9 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.repeats):
         for name in names:
-            start = now(device)
+            start = now(options.device)
             METHODS[name](left, right, places)
-            seconds[name].append(now(device) - start)
+            seconds[name].append(now(options.device) - start)
     cell = {
         "side": side,
         "mask": mask,
@@ -117,13 +112,6 @@ def draw(mask: str, side: int, density: float, generator: torch.Generator) -> Te
     chosen = torch.randperm(len(rows) * len(columns), generator=generator)[:k]
     flat = rows[chosen // len(columns)] * side + columns[chosen % len(columns)]
     return flat.sort().values
-
-
-def now(device: torch.device) -> float:
-    """Return the time when the device is through with its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def describe(cell: Record) -> str:

@@ -151,3 +151,21 @@ def test_all_ways_to_the_gradient_are_timed(monkeypatch, tmp_path):
         assert set(cell["median_seconds"]) >= {"block", "sampled"}
         assert cell["chosen"] in cell["median_seconds"]
         assert cell["k"] == round(cell["density"] * cell["side"] ** 2)
+
+
+def test_large_selections_are_timed_and_tabled(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    selection_large = importlib.import_module("selection_large")
+    path = tmp_path / "large.json"
+    sizes = ["--samples", "4", "--length", "16", "--repeats", "1"]
+    shapes = ["--shapes", "tiny", "tiny-llama"]
+    selection_large.main([*shapes, *sizes, "--output", str(path)])
+    results = json.loads(path.read_text("utf-8"))
+    for cell in results["cells"]:
+        assert sum(cell["batches"]) == 4
+        assert cell["entries"] == round(selection_large.DENSITY * cell["candidates"])
+        assert set(cell["over"]) == {"plain", "loop"}
+    results["cells"][0]["over"]["plain"] = 1.0
+    results["cells"][1]["over"]["plain"] = 1.2
+    text = selection_large.table(results)
+    assert "| Fisher pass, in plain passes | 1.00 | **1.20** | ≤ 1.1 |" in text
