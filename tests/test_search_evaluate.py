@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_ird import (
@@ -135,6 +136,18 @@ def test_of_several_datasets_the_mean_is_reported(tmp_path):
     assert [outcome.metrics[f"{name}_accuracy"] for name in parts] == alone
     renamed = stock(tmp_path, {"matched": more[:10], "other": more[10:]})
     assert renamed.settings()["eval_data"] != together.settings()["eval_data"]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(DATA[:10])
+
+
+def test_a_stream_may_be_reported_on(tmp_path):
+    whole = stock(tmp_path, DATA[:10])(adapted())
+    streamed = stock(tmp_path, Stream())(adapted())
+    assert streamed.reported == whole.reported
+    assert streamed.score == whole.score
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ class TrainerEvaluate:
         eval_dataset: The data to report on; of several, by name, the mean is
             reported, as of MNLI's two, and each is among the outcome's metrics.
         compute_metrics: As for the Trainer; without it nothing but the loss is kept of
-            an evaluation.
+            an evaluation. One batch is scored before training, to see whether the
+            metric is there.
         metric: The metric to choose by, with or without "eval_" in front.
         data_collator: As for the Trainer.
         processing_class: As for the Trainer, for example a tokenizer.
@@ -238,6 +239,8 @@ class TrainerEvaluate:
         """
         size = trainer.args.eval_batch_size
         for rows in (trainer.eval_dataset, *self._shown().values()):
+            if not hasattr(rows, "__len__"):
+                continue  # a stream might not come twice
             few = _rows(rows, list(range(min(size, len(rows)))))
             with own_randomness(self.seed):
                 named_metric(trainer.scores(few), self.metric)

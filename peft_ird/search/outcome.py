@@ -4,6 +4,7 @@ import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,7 +70,8 @@ def name_of(part: Any) -> str | None:
     """
     if part is None:
         return None
-    part = getattr(part, "func", part)
+    if isinstance(part, partial):
+        part = part.func
     named = part if hasattr(part, "__qualname__") else type(part)
     return f"{named.__module__}.{named.__qualname__}"
 
