@@ -95,6 +95,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.rank and not options.method.startswith("lora"):
         parser.error(f"--rank is for LoRA, not for --method {options.method}")
+    if options.head_lr and options.method == "diff_pruning":
+        parser.error("--head-lr is not for Diff Pruning, which trains twice")
     if options.options:
         check_options(parser, options.method, options.options)
     options.model = options.model or packaged_minilm()

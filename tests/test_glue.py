@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
+from peft import get_peft_model
 from scipy import stats
 from torch import nn
+from transformers import BertForSequenceClassification
 
+from peft_ird import IRDConfig
 from tests.conftest import bert_config
 from tests.test_examples import EXAMPLES, tiny_checkpoint
 
@@ -365,6 +368,7 @@ def test_every_method_has_a_rate_of_its_own(load):
         ("--budget 0", "must be at least 1, got 0"),
         ("--max-train -3", "must be at least 1, got -3"),
         ("--held-out -1", "must be at least 0, got -1"),
+        ("--head-lr 1 --method diff_pruning", "--head-lr is not for Diff Pruning"),
         ("--rank 2", "--rank is for LoRA, not for --method ird"),
         ('--method lora --options {"scope":"global"}', "not for lora"),
         ('--options {"bogus":1}', "bogus: not among the options"),
@@ -376,6 +380,25 @@ def test_arguments_that_would_be_ignored_are_refused(load, arguments, message, c
     with pytest.raises(SystemExit):
         run_glue.parse_arguments(["--task", "rte", "--model", "m", *arguments.split()])
     assert message in capsys.readouterr().err
+
+
+def test_the_head_may_have_a_rate_of_its_own(load):
+    run_glue = load("run_glue")
+    given = ["--task", "rte", "--model", "m", "--lr", "0.5"]
+    config = IRDConfig(task_type="SEQ_CLS", method="random", density=0.1)
+    model = get_peft_model(BertForSequenceClassification(bert_config()), config)
+    assert run_glue.rate_groups(model, run_glue.parse_arguments(given)) is None
+    options = run_glue.parse_arguments([*given, "--head-lr", "0.25"])
+    groups = run_glue.rate_groups(model, options)
+    rates = {
+        id(p): group["lr"]
+        for group in torch.optim.AdamW(groups, lr=options.lr).param_groups
+        for p in group["params"]
+    }
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(rates) == len(trained)
+    for name, parameter in trained.items():
+        assert rates[id(parameter)] == (0.25 if "classifier" in name else 0.5), name
 
 
 @pytest.mark.parametrize(

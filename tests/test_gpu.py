@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 from torch.testing import assert_close
 
 from peft_ird import Calibration, IRDConfig, select_parameters
@@ -32,6 +33,14 @@ def config(name: str) -> IRDConfig:
     )  # fmt: skip
 
 
+def draw_values(model: nn.Module) -> None:
+    """Give deltas values of about a tenth, always the same."""
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "irdelta" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=random)
+
+
 def test_the_selection_is_that_of_the_cpu(name):
     data = make_samples(name)
     here = select_parameters(make_model(name).double(), config(name), data)
@@ -48,11 +57,7 @@ def test_a_model_trains_and_merges_as_on_the_cpu(name, dtype):
     settings = config(name)
     settings.calibration = make_samples(name)
     model = get_peft_model(make_model(name), settings).eval()
-    random = torch.Generator().manual_seed(0)
-    for key, parameter in model.named_parameters():
-        if "irdelta" in key:
-            drawn = torch.randn(parameter.shape, generator=random)
-            parameter.data = 0.1 * drawn
+    draw_values(model)
     moved = copy.deepcopy(model).to("cuda", dtype)
     batch = make_batch(name)
     on_device = {k: v.cuda() for k, v in batch.items()}
@@ -130,10 +135,7 @@ def test_gradients_of_a_step_are_those_of_the_cpu(name, method, way):
     settings = config(name)
     settings.calibration = make_samples(name)
     model = get_peft_model(make_model(name), settings).eval()
-    random = torch.Generator().manual_seed(0)
-    for key, parameter in model.named_parameters():
-        if "irdelta" in key:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=random)
+    draw_values(model)
     moved, batch = copy.deepcopy(model).cuda(), make_batch(name)
     with forced(way=way, gradient="block"):
         model(**batch).loss.backward()
@@ -152,9 +154,7 @@ def test_a_step_in_low_precision_is_close_to_float64(name, dtype, method):
     settings = config(name)
     settings.method, settings.calibration = method, make_samples(name)
     model = get_peft_model(make_model(name), settings).eval()
-    for key, parameter in model.named_parameters():
-        if "irdelta" in key:
-            parameter.data = 0.05 * torch.randn(parameter.shape)
+    draw_values(model)
     moved, exact = copy.deepcopy(model).to("cuda", dtype), model.double()
     batch = make_batch(name)
     exact(**batch).loss.backward()

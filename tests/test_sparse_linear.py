@@ -23,7 +23,7 @@ from peft_ird.sparse.embedding import plus_rows
 from peft_ird.sparse.lending import with_delta
 from peft_ird.sparse.linear import linear
 from peft_ird.sparse.products import available
-from peft_ird.sparse.separate import plus_product
+from peft_ird.sparse.separate import linear_and_product, plus_product
 from peft_ird.sparse.support import Support
 from peft_ird.sparse.ways import WAYS, forced
 from tests import oracles
@@ -443,6 +443,28 @@ def test_what_is_forced_must_exist():
         forced(way="sideways").__enter__()
     with pytest.raises(ValueError, match=r"`gradient` must be one of block, sampled"):
         forced(gradient="guess").__enter__()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [nn.Linear, Conv1D])
+def test_one_operator_takes_what_is_not_contiguous(make, dtype):
+    torch.manual_seed(0)
+    is_transposed = make is Conv1D
+    base = make(5, 6) if is_transposed else make(6, 5)
+    layer = adapted(base).to(dtype).base_model.model[0]
+    base.requires_grad_(False)
+    delta = layer._delta("default", "weight")
+    exact = base.weight.double() + delta.to_dense(torch.float64).detach()
+    exact = exact.t() if is_transposed else exact
+    x = torch.randn(4, 6, 3, 2, dtype=dtype).transpose(1, 3)  # [4, 2, 3, 6]
+    for each in (x, x.expand(2, *x.shape), x[:, :0], x[0, 0, 0]):
+        leaf = each.detach().requires_grad_()
+        found = linear_and_product(leaf, base.weight, base.bias, delta, is_transposed)
+        expected = F.linear(each.double(), exact, base.bias.double())
+        assert_close(found.double(), expected, **TOL[dtype])
+        (for_x,) = torch.autograd.grad(found.sum(), leaf)
+        ones = torch.ones_like(expected) @ exact
+        assert_close(for_x.double(), ones, **TOL[dtype])
 
 
 def test_the_operators_pass_the_checks_of_torch():

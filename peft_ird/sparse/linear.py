@@ -21,7 +21,7 @@ from peft_ird.sparse.support import Support
 from peft_ird.sparse.values import kept, support_of, value_gradient
 from peft_ird.sparse.ways import gradient_in_force
 
-__all__ = ["linear"]
+__all__ = ["affine", "linear"]
 
 
 def linear(
@@ -65,11 +65,18 @@ def _compute(
     is_transposed: bool,
 ) -> Tensor:
     with with_delta(weight, indices, values) as merged:
-        if not is_transposed:
-            return F.linear(x, merged, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        y = flat @ merged if bias is None else torch.addmm(bias, flat, merged)
-        return y.view(*x.shape[:-1], merged.shape[1])
+        return affine(x, merged, bias, is_transposed)
+
+
+def affine(
+    x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool
+) -> Tensor:
+    """Return what the layer computes with a weight; shapes as for `linear`."""
+    if not is_transposed:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
 
 
 def _fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ird.sparse.delta import SparseDelta
+from peft_ird.sparse.linear import affine
 from peft_ird.sparse.operator import Operator
 from peft_ird.sparse.products import computable
 from peft_ird.sparse.support import Support
@@ -114,12 +114,7 @@ def _compute_linear_and_product(
     method: str,  # noqa: ARG001 (for the backward pass)
     is_transposed: bool,
 ) -> Tensor:
-    if is_transposed:
-        flat = x.reshape(-1, x.shape[-1])
-        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        y = y.view(*x.shape[:-1], weight.shape[1])
-    else:
-        y = F.linear(x, weight, bias)
+    y = affine(x, weight, bias, is_transposed)
     delta = _Oriented(x, values, places, rows, columns, weight.shape, is_transposed)
     delta.add_product_(y, x)
     return y
