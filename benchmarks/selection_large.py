@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from bars import Row, rated, render
 from record import RESULTS, git_state, machine, now, versions, write
 from shapes import SHAPES, build, draw, targets
 from torch import nn
@@ -181,23 +182,37 @@ def table(results: Record) -> str:
     Args:
         results: The content of a result file.
     """
-    cells = results["cells"]
-    titles = [cell["shape"] for cell in cells]
-    lines = [f"| | {' | '.join(titles)} | bar |", f"|---|{'---:|' * (len(cells) + 1)}"]
+    cells = {cell["shape"]: cell for cell in results["cells"]}
 
-    def row(title: str, values: list[str], bar: str = "") -> None:
-        lines.append(f"| {title} | {' | '.join(values)} | {bar} |")
+    def row(
+        title: str,
+        value: Callable[[Record], float],
+        form: str,
+        most: float | None = None,
+    ) -> Row:
+        return rated(title, {k: value(cell) for k, cell in cells.items()}, form, most)
 
-    ratios = [cell["over"]["plain"] for cell in cells]
-    texts = [f"{r:.2f}" if r <= BAR else f"**{r:.2f}**" for r in ratios]
-    row("Fisher pass, in plain passes", texts, f"≤ {BAR:g}")
-    faster = [f"{1 / cell['over']['loop']:.2f}" for cell in cells]
-    row("times faster than a one-sample loop", faster)
-    row("candidates", [f"{cell['candidates']:,}" for cell in cells])
-    row("entries selected", [f"{cell['entries']:,}" for cell in cells])
-    row("seconds to select", [f"{cell['selection_seconds']:.1f}" for cell in cells])
-    sizes = [f"{cell['selection_bytes'] / 2**30:.1f}" for cell in cells]
-    row("peak beyond the model, GiB", sizes)
+    rows = [
+        row(
+            "Fisher pass, in plain passes",
+            lambda cell: cell["over"]["plain"],
+            "{:.2f}",
+            most=BAR,
+        ),
+        row(
+            "times faster than a one-sample loop",
+            lambda cell: 1 / cell["over"]["loop"],
+            "{:.2f}",
+        ),
+        row("candidates", lambda cell: cell["candidates"], "{:,}"),
+        row("entries selected", lambda cell: cell["entries"], "{:,}"),
+        row("seconds to select", lambda cell: cell["selection_seconds"], "{:.1f}"),
+        row(
+            "peak beyond the model, GiB",
+            lambda cell: cell["selection_bytes"] / 2**30,
+            "{:.1f}",
+        ),
+    ]
     settings = results["settings"]
     versions = ", ".join(f"{n} {results['versions'][n]}" for n in ("torch", "peft"))
     where = results["machine"]["gpu"] or f"{results['threads']} threads"
@@ -207,7 +222,7 @@ def table(results: Record) -> str:
         f"{where}, {versions}; the selection is IRD's, {DENSITY:.1%}, with the check "
         "of batches."
     )
-    return "\n".join([*lines, "", note, ""])
+    return render(rows, list(cells), note)
 
 
 if __name__ == "__main__":

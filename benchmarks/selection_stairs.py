@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bars import Row, rated, render
 from processes import in_processes
 from record import RESULTS, git_state, machine, versions, write
 from selection_speed import SHAPES, build, candidates, draw
@@ -149,42 +150,29 @@ def digest(selection: Selection) -> str:
 
 def table(results: Record) -> str:
     """Lay the ratios out in markdown."""
-    shapes = list(dict.fromkeys(cell["shape"] for cell in results["stairs"]))
-    head = [f"| | {' | '.join(shapes)} | bar |", f"|---|{'---:|' * (len(shapes) + 1)}"]
-    return "\n".join([*head, *rows(results, shapes)])
+    return render(rows(results), results["settings"]["shapes"], "")
 
 
-def bold_if(is_missed: bool, text: str) -> str:
-    """Return the text, in bold where it misses its bar."""
-    return f"**{text}**" if is_missed else text
-
-
-def rows(results: Record, shapes: Sequence[str]) -> list[str]:
-    """Return the rows of the table.
+def rows(results: Record) -> list[Row]:
+    """Return what a staircase and what several processes come to.
 
     Args:
         results: What the result file holds.
-        shapes: The columns.
     """
     found = []
     for length in dict.fromkeys(cell["length"] for cell in results["stairs"]):
-        ratios = {
-            cell["shape"]: bold_if(cell["ratio"] > BAR, f"{cell['ratio']:.2f}")
-            for cell in results["stairs"]
-            if cell["length"] == length
-        }
+        cells = [cell for cell in results["stairs"] if cell["length"] == length]
+        ratios = {cell["shape"]: cell["ratio"] for cell in cells}
         tokens = "32 to 128" if length == "mixed" else length
-        cells = " | ".join(ratios.get(shape, "") for shape in shapes)
         title = f"whole staircase, in Fisher passes, {tokens} tokens"
-        found.append(f"| {title} | {cells} | ≤ {BAR} |")
+        found.append(rated(title, ratios, "{:.2f}", most=BAR))
     first, *others = results["processes"]
     for each in others:
         same = each["digests"] == first["digests"]
-        ratio = f"{first['seconds'] / each['seconds']:.2f}"
-        cells = " | ".join(ratio if n == 0 else "" for n in range(len(shapes)))
         indices = "identical indices" if same else "OTHER INDICES"
         title = f"times faster with {each['processes']} processes, {indices}"
-        found.append(f"| {title} | {cells} | |")
+        ratio = first["seconds"] / each["seconds"]
+        found.append(rated(title, {results["settings"]["shapes"][0]: ratio}, "{:.2f}"))
     return found
 
 

@@ -1,10 +1,10 @@
 """The table of what `selection_speed.py` measured."""
 
 from collections.abc import Iterator
-from math import inf
 from statistics import median
 from typing import Any
 
+from bars import Row, rated, render
 from peers import PEERS
 
 CHECK_LENGTH = "64"
@@ -15,49 +15,46 @@ PEER_BAR = 1.7
 ERROR_BARS = {"float32": 1e-5, "float64": 1e-12}
 
 Record = dict[str, Any]
-Row = tuple[str, dict[str, str], str]
 
 
 def table(results: Record) -> str:
     """Render the ratios and their bars, one column per shape, in Markdown.
 
-    What misses its bar is in bold.
-
     Args:
         results: The content of a result file; parts that were not run are left out.
     """
-    shapes = results["settings"]["shapes"]
-    lines = [
-        f"| | {' | '.join(shapes)} | bar |",
-        f"|---|{'---:|' * (len(shapes) + 1)}",
-    ]
-    for rows in ROWS:
-        for title, values, bar in rows(results):
-            cells = " | ".join(values.get(shape, "") for shape in shapes)
-            lines.append(f"| {title} | {cells} | {bar} |")
+    return render(rows(results), results["settings"]["shapes"], note(results))
+
+
+def rows(results: Record) -> list[Row]:
+    """Return what each part of the measurements comes to."""
+    return [row for part in PARTS for row in part(results)]
+
+
+def note(results: Record) -> str:
+    """Return how it was measured."""
     libraries = ", ".join(
         f"{name} {results['versions'][name]}" for name in ("torch", "transformers")
     )
-    note = (
+    return (
         f"Medians of {results['settings']['repeats']} repetitions, random weights, "
         f"{results['threads']} of {results['machine']['cores']} CPU cores, "
         f"{libraries}."
     )
-    return "\n".join([*lines, "", note, ""])
 
 
 def _plain_rows(results: Record) -> Iterator[Row]:
     for length, cells in _by_length(results, "plain"):
         values = {c["shape"]: 1 / c["over_engine"]["plain"] for c in cells}
         title = f"time, in plain passes, {_tokens(length)}"
-        yield _row(title, values, "{:.2f}", most=PLAIN_BARS.get(length))
+        yield rated(title, values, "{:.2f}", most=PLAIN_BARS.get(length))
 
 
 def _loop_rows(results: Record) -> Iterator[Row]:
     for length, cells in _by_length(results, "loop"):
         values = {c["shape"]: c["over_engine"]["loop"] for c in cells}
         title = f"times faster than a one-sample loop, {_tokens(length)}"
-        yield _row(title, values, "{:.2f}", least=LOOP_BARS.get(length))
+        yield rated(title, values, "{:.2f}", least=LOOP_BARS.get(length))
 
 
 def _check_rows(results: Record) -> Iterator[Row]:
@@ -68,7 +65,7 @@ def _check_rows(results: Record) -> Iterator[Row]:
                 for c in cells
             }
             where = f"in samples of a plain pass, {_tokens(length)}"
-            yield _row(f"check, once per selection, {where}", values, "{:.1f}")
+            yield rated(f"check, once per selection, {where}", values, "{:.1f}")
 
 
 def _by_length(results: Record, other: str) -> Iterator[tuple[str, list[Record]]]:
@@ -88,7 +85,7 @@ def _peer_rows(results: Record) -> Iterator[Row]:
                 layers = "linear layers" if scope == "linear" else "all entries"
                 where = f"{layers}, {_tokens(alike[0]['length'])}"
                 title = f"times faster than {peer.title}, {where}"
-                yield _row(title, values, "{:.2f}", least=PEER_BAR)
+                yield rated(title, values, "{:.2f}", least=PEER_BAR)
 
 
 def _memory_rows(results: Record) -> Iterator[Row]:
@@ -96,11 +93,11 @@ def _memory_rows(results: Record) -> Iterator[Row]:
         shape = found["shape"]
         title = "peak memory beyond a plain pass's, in float32 copies of the entries"
         values = {shape: found["engine"]["beyond_plain"]}
-        yield _row(title, values, "{:.2f}", most=1.0)
+        yield rated(title, values, "{:.2f}", most=1.0)
         values = {shape: found["limited"]["beyond_plain"]}
-        yield _row(f"{title}, `memory_limit` of one", values, "{:.2f}", most=1.0)
+        yield rated(f"{title}, `memory_limit` of one", values, "{:.2f}", most=1.0)
         values = {shape: found["limited_over_plain"]}
-        yield _row("time with that limit, in plain passes", values, "{:.2f}")
+        yield rated("time with that limit, in plain passes", values, "{:.2f}")
 
 
 def _error_rows(results: Record) -> Iterator[Row]:
@@ -109,7 +106,7 @@ def _error_rows(results: Record) -> Iterator[Row]:
         if dtype in found:
             values = {found["shape"]: found[dtype]["of_max"]}
             title = f"largest error over the largest entry, {dtype}"
-            yield _row(title, values, "{:.0e}", most=bar)
+            yield rated(title, values, "{:.0e}", most=bar)
 
 
 def _tokens(length: str) -> str:
@@ -118,21 +115,4 @@ def _tokens(length: str) -> str:
     return f"T = {length}"
 
 
-def _row(
-    title: str,
-    values: dict[str, float],
-    form: str,
-    most: float | None = None,
-    least: float | None = None,
-) -> Row:
-    """Return texts; what misses its bar is in bold."""
-    texts = {}
-    for shape, value in values.items():
-        missed = value > (most or inf) or value < (least or -inf)
-        text = form.format(value)
-        texts[shape] = f"**{text}**" if missed else text
-    bar = f"≤ {most:g}" if most else f"≥ {least:g}" if least else ""
-    return title, texts, bar
-
-
-ROWS = (_plain_rows, _loop_rows, _check_rows, _peer_rows, _memory_rows, _error_rows)
+PARTS = (_plain_rows, _loop_rows, _check_rows, _peer_rows, _memory_rows, _error_rows)

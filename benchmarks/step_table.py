@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from speed_table import Row, _row
+from bars import Row, rated, render
 from titles import TITLES
 from trainees import SPARSE, Trainee
 
@@ -21,24 +21,26 @@ def table(results: Record) -> str:
     Args:
         results: The content of a result file; parts that were not run are left out.
     """
-    shapes = results["settings"]["shapes"]
-    head = [f"| | {' | '.join(shapes)} | bar |", f"|---|{'---:|' * (len(shapes) + 1)}"]
-    lines = []
-    for rows in ROWS:
-        for title, values, bar in rows(results):
-            cells = " | ".join(values.get(shape, "") for shape in shapes)
-            lines.append(f"| {title} | {cells} | {bar} |")
+    return render(rows(results), results["settings"]["shapes"], note(results))
+
+
+def rows(results: Record) -> list[Row]:
+    """Return what each part of the measurements comes to."""
+    return [row for part in PARTS for row in part(results)]
+
+
+def note(results: Record) -> str:
+    """Return how it was measured."""
     versions = results["versions"]
     libraries = ", ".join(f"{n} {versions[n]}" for n in ("torch", "peft"))
     where = (
         results["machine"]["gpu"]
         or f"{results['threads']} of {results['machine']['cores']} CPU cores"
     )
-    note = (
+    return (
         f"Medians of {results['settings']['repeats']} repetitions, random weights, "
         f"{results['settings']['dtype']}, no dropout, {where}, {libraries}."
     )
-    return "\n".join([*head, *lines, "", note, ""])
 
 
 def joined(results: Record, more: Record) -> Record:
@@ -71,7 +73,7 @@ def _floor_rows(results: Record) -> Iterator[Row]:
         }
         if values:
             title = f"step, over a frozen model's passes: {what}"
-            yield _row(title, values, "{:.2f}", most=bar)
+            yield rated(title, values, "{:.2f}", most=bar)
 
 
 def _peer_rows(results: Record) -> Iterator[Row]:
@@ -88,7 +90,7 @@ def _peer_rows(results: Record) -> Iterator[Row]:
                 title = (
                     f"step, {TITLES[name]}, {100 * density:g} %, over {TITLES[other]}"
                 )
-                yield _row(title, values, "{:.2f}", most=PEER_BARS.get(other))
+                yield rated(title, values, "{:.2f}", most=PEER_BARS.get(other))
 
 
 def _kept_rows(results: Record) -> Iterator[Row]:
@@ -107,7 +109,7 @@ def _kept_rows(results: Record) -> Iterator[Row]:
                 f"{TITLES[name]}, {100 * density:g} %"
             )
             bar = KEPT_BAR if name == "ird" else None
-            yield _row(title, values, "{:.2f}", most=bar)
+            yield rated(title, values, "{:.2f}", most=bar)
 
 
 def _peak_rows(results: Record) -> Iterator[Row]:
@@ -118,7 +120,7 @@ def _peak_rows(results: Record) -> Iterator[Row]:
         if lora and label.startswith("ird") and "beyond" in row:
             values = {found["shape"]: row["beyond"] / lora}
             title = f"peak memory beyond the model, over LoRA's (r = 8): {label}"
-            yield _row(title, values, "{:.2f}", most=PEAK_BAR)
+            yield rated(title, values, "{:.2f}", most=PEAK_BAR)
 
 
 def _switch_rows(results: Record) -> Iterator[Row]:
@@ -127,12 +129,12 @@ def _switch_rows(results: Record) -> Iterator[Row]:
     merged = median(found["lora-8"]["merged"])
     active = merged / median(found["ird"]["active"])
     title = "times faster to activate another than LoRA (r = 8) unmerges and merges"
-    yield _row(title, {found["shape"]: active}, "{:.0f}", least=SWITCH_BAR)
+    yield rated(title, {found["shape"]: active}, "{:.0f}", least=SWITCH_BAR)
     for title, key in (
         ("the same, merged adapters of both", "times_faster"),
         ("the same, active adapters of both", "times_faster_active"),
     ):
-        yield _row(title, {found["shape"]: found[key]}, "{:.1f}")
+        yield rated(title, {found["shape"]: found[key]}, "{:.1f}")
 
 
 def _state_rows(results: Record) -> Iterator[Row]:
@@ -141,7 +143,7 @@ def _state_rows(results: Record) -> Iterator[Row]:
         values = {shape: row["state_bytes"]["all"] for shape, row in cells}
         what = f"{TITLES[name]}, {100 * density:g} %"
         title = f"bytes per entry with Adam, its rows and columns included: {what}"
-        yield _row(title, values, "{:.1f}", most=STATE_BAR)
+        yield rated(title, values, "{:.1f}", most=STATE_BAR)
 
 
 def _speed(results: Record) -> dict[str, dict[str, Record]]:
@@ -158,4 +160,4 @@ def _cells(results: Record, *names: str) -> Iterator[list[tuple[str, Record]]]:
     yield from found.values()
 
 
-ROWS = (_floor_rows, _peer_rows, _peak_rows, _kept_rows, _switch_rows, _state_rows)
+PARTS = (_floor_rows, _peer_rows, _peak_rows, _kept_rows, _switch_rows, _state_rows)

@@ -1,7 +1,7 @@
-"""Write README's tables from the files in ``benchmarks/results``.
+"""Write the tables of both READMEs from the files in ``benchmarks/results``.
 
 python benchmarks/tables.py           # write
-python benchmarks/tables.py --check   # fail if README is stale
+python benchmarks/tables.py --check   # fail if one is stale
 """
 
 import argparse
@@ -18,13 +18,15 @@ import glue_table
 import option_study
 import search_study
 import selection_large
-import selection_speed
 import selection_stairs
+import speed_table
 import step_table
+from bars import Row, rated, render, with_bar
 from experiment import Experiment, load_results
 from record import RESULTS, ROOT
 
 Run = dict[str, Any]
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 ROWS: list[tuple[str, Callable[[Run], float], Callable[[float], str]]] = [
     ("accuracy before", lambda run: 100 * run["before"], lambda x: f"{x:.1f} %"),
     ("accuracy after", lambda run: 100 * run["after"], lambda x: f"{x:.1f} %"),
@@ -49,7 +51,7 @@ ROWS: list[tuple[str, Callable[[Run], float], Callable[[float], str]]] = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the tables, or compare them with what README has.
+    """Write the tables, or compare them with what the documents have.
 
     Args:
         argv: Arguments of the command line; None for those of this process.
@@ -60,28 +62,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    fresh = text
-    for name, make in TABLES.items():
-        fresh = with_table(fresh, name, make())
-    if options.check and fresh != text:
-        print("README.md is stale; run `python benchmarks/tables.py`.")
-        return 1
-    if not options.check:
-        readme.write_text(fresh, encoding="utf-8")
-    return 0
+    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    fresh = {path: with_tables(text) for path, text in texts.items()}
+    stale = [path for path in DOCUMENTS if fresh[path] != texts[path]]
+    for path in stale:
+        if options.check:
+            print(
+                f"{path.relative_to(ROOT)} is stale; run `python benchmarks/tables.py`."
+            )
+        else:
+            path.write_text(fresh[path], encoding="utf-8")
+            print(f"{path.relative_to(ROOT)} is written")
+    return int(options.check and bool(stale))
 
 
-def with_table(text: str, name: str, table: str) -> str:
-    """Put a table between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-    replaced, count = re.subn(
-        pattern, lambda m: m[1] + table + m[2], text, flags=re.DOTALL
-    )
-    if count != 1:
-        raise ValueError(f"README.md needs one table named {name!r}, it has {count}.")
-    return replaced
+def with_tables(text: str) -> str:
+    """Put each table between its ``<!-- table: NAME -->`` and ``<!-- end -->``.
+
+    Raises:
+        ValueError: If there is no table of a name.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if (make := TABLES.get(match["name"])) is None:
+            raise ValueError(
+                f"No table is named {match['name']!r}; there are {', '.join(TABLES)}."
+            )
+        return match["start"] + make() + match["end"]
+
+    pattern = r"(?P<start><!-- table: (?P<name>\S+) -->\n).*?(?P<end><!-- end -->)"
+    return re.sub(pattern, fill, text, flags=re.DOTALL)
 
 
 def quickstart_table() -> str:
@@ -127,32 +137,38 @@ def quickstart_table() -> str:
 
 def selection_table() -> str:
     """Return what a selection costs beside a plain pass, a loop and other libraries."""
+    return selections(lambda rows: rows)
+
+
+def selection_bars() -> str:
+    """Return those of these rows that are held to a bar."""
+    return selections(with_bar)
+
+
+def selections(chosen: Callable[[list[Row]], list[Row]]) -> str:
+    """Return a table of rows on selection, of those on top-k in the last column."""
     speed, stairs, topk = (
         read(name) for name in ("selection-speed", "selection-stairs", "topk")
     )
-    text = selection_speed.table(speed)
-    rows, note = text.split("\n\n", 1)
-    shapes = len(speed["settings"]["shapes"])
-    lines = [
-        rows,
-        *selection_stairs.rows(stairs, speed["settings"]["shapes"]),
-        *topk_rows(topk, shapes),
+    shapes = speed["settings"]["shapes"]
+    rows = [
+        *speed_table.rows(speed),
+        *selection_stairs.rows(stairs),
+        *topk_rows(topk, shapes[-1]),
     ]
-    return "\n".join([*lines, "", note])
+    return render(chosen(rows), shapes, speed_table.note(speed))
 
 
-def topk_rows(results: Run, columns: int) -> list[str]:
+def topk_rows(results: Run, column: str) -> list[Row]:
     """Return the rows on top-k; they are of no model, so they stand in one column."""
     found = []
     for row in results["rows"]:
         where = f"{results['entries'] / 1e6:.0f} M scores, k = {row['density']:.1%}"
-        empty = " |" * (columns - 1)
-        ratio = f"{row['ratio']:.1f}"
-        size = f"{row['bytes_per_entry']['stream']:.2f}"
-        found += [
-            f"| times faster than `torch.topk`, {where} |{empty} {ratio} | ≥ 4 |",
-            f"| bytes per entry extra, {where} |{empty} {size} | ≤ 1 |",
-        ]
+        ratio, size = row["ratio"], row["bytes_per_entry"]["stream"]
+        title = f"times faster than `torch.topk`, {where}"
+        found.append(rated(title, {column: ratio}, "{:.1f}", least=4))
+        title = f"bytes per entry extra, {where}"
+        found.append(rated(title, {column: size}, "{:.2f}", most=1))
     return found
 
 
@@ -164,6 +180,13 @@ def steps_table() -> str:
     """
     results = step_table.joined(read("step"), read("step-densities"))
     return step_table.table(results)
+
+
+def step_bars() -> str:
+    """Return what is held to a bar, at the densities of one run."""
+    results = read("step")
+    rows = with_bar(step_table.rows(results))
+    return render(rows, results["settings"]["shapes"], step_table.note(results))
 
 
 def large_selections_table() -> str:
@@ -235,8 +258,10 @@ TABLES = {
     "search": search_table,
     "quickstart": quickstart_table,
     "selection": selection_table,
+    "selection-bars": selection_bars,
     "selection-large": large_selections_table,
     "step": steps_table,
+    "step-bars": step_bars,
     "step-gpu": gpu_steps_table,
     "options": options_table,
     "files": files_table,

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -33,8 +34,8 @@ def test_the_speed_table_has_every_part_that_was_run(selection_speed, tmp_path):
 
 def test_what_misses_its_bar_is_bold(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    speed_table = importlib.import_module("speed_table")
-    row = speed_table._row("title", {"a": 1.2, "b": 1.0}, "{:.1f}", most=1.1)
+    bars = importlib.import_module("bars")
+    row = bars.rated("title", {"a": 1.2, "b": 1.0}, "{:.1f}", most=1.1)
     assert row == ("title", {"a": "**1.2**", "b": "1.0"}, "≤ 1.1")
 
 
@@ -169,3 +170,50 @@ def test_large_selections_are_timed_and_tabled(monkeypatch, tmp_path):
     results["cells"][1]["over"]["plain"] = 1.2
     text = selection_large.table(results)
     assert "| Fisher pass, in plain passes | 1.00 | **1.20** | ≤ 1.1 |" in text
+
+
+# ---- tables
+
+
+@pytest.fixture
+def tables(monkeypatch, tmp_path) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("tables")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "DOCUMENTS", (tmp_path / "a.md", tmp_path / "b.md"))
+    monkeypatch.setattr(module, "TABLES", {"sizes": lambda: "| 1 |\n"})
+    return module
+
+
+def test_tables_are_written_into_each_document_and_stale_ones_are_named(
+    tables, tmp_path, capsys
+):
+    stale = "Text.\n<!-- table: sizes -->\n| 0 |\n<!-- end -->\nMore.\n"
+    fresh = stale.replace("| 0 |", "| 1 |")
+    (tmp_path / "a.md").write_text(stale, "utf-8")
+    (tmp_path / "b.md").write_text(fresh, "utf-8")
+    assert tables.main(["--check"]) == 1
+    assert capsys.readouterr().out.startswith("a.md is stale;")
+    assert (tmp_path / "a.md").read_text("utf-8") == stale
+    assert tables.main([]) == 0
+    assert (tmp_path / "a.md").read_text("utf-8") == fresh
+    assert tables.main(["--check"]) == 0
+
+
+def test_a_table_that_nothing_makes_is_an_error_before_anything_is_written(
+    tables, tmp_path
+):
+    stale = "<!-- table: sizes -->\n<!-- end -->\n"
+    (tmp_path / "a.md").write_text(stale, "utf-8")
+    (tmp_path / "b.md").write_text("<!-- table: other -->\n<!-- end -->\n", "utf-8")
+    with pytest.raises(ValueError, match="'other'; there are sizes"):
+        tables.main([])
+    assert (tmp_path / "a.md").read_text("utf-8") == stale
+
+
+def test_every_table_is_shown_somewhere(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tables = importlib.import_module("tables")
+    texts = "".join(path.read_text("utf-8") for path in tables.DOCUMENTS)
+    shown = set(re.findall(r"<!-- table: (\S+) -->", texts))
+    assert shown == set(tables.TABLES)
