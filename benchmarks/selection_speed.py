@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 from peers import CONTESTANTS, PEERS, Work, with_batches
-from record import RESULTS, git_state, machine, versions, write
+from record import (
+    RESULTS,
+    git_state,
+    giving_back,
+    keep_memory,
+    machine,
+    versions,
+    write,
+)
 from speed_table import table
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -269,7 +277,7 @@ def memory(shape: str, samples: int | None, seed: int) -> Record:
     found: Record = {"shape": shape, "length": "64", "samples": count}
     for name in ("plain", "engine", "limited"):
         fresh = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=fresh) as process:
+        with giving_back(), ProcessPoolExecutor(1, mp_context=fresh) as process:
             arguments = (name, shape, count, seed, groups)
             found[name] = process.submit(peak, *arguments).result()
     size = found["candidates"] = found["engine"]["candidates"]
@@ -346,4 +354,5 @@ def difference(
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from bars import Row, rated, render
 from processes import in_processes
-from record import RESULTS, git_state, machine, versions, write
+from record import RESULTS, git_state, keep_memory, machine, versions, write
 from selection_speed import SHAPES, build, candidates, draw
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
@@ -177,4 +177,5 @@ def rows(results: Record) -> list[Row]:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_ird.selection.gradients.dense import rows_of
 from peft_ird.selection.gradients.entrywise import Entrywise
-from peft_ird.selection.gradients.tiles import rows_of_a_tile, tiles
+from peft_ird.selection.gradients.tiles import Room, grid, tiles
 from peft_ird.selection.gradients.where import Where
 from peft_ird.sparse.products import by_block, by_sampling
 
@@ -73,22 +73,18 @@ class Outer(Entrywise):
         # With one token, the square of the product is the product of the squares.
         single = [pair for pair in pairs if len(pair[0]) == 1]
         squared = [torch.cat(side).square_() for side in zip(*single, strict=True)]
-        rows, columns = self.shape
-        step = rows_of_a_tile(columns, pairs[0][0])
-        product = pairs[0][0].new_empty(min(step, rows), columns)
-        squares = torch.empty_like(product)
-        for tile, start in zip(matrix.split(step), range(0, rows, step), strict=True):
-            g, sums = product[: len(tile)], squares[: len(tile)]
-            chosen = slice(start, start + step)
+        product, squares = Room(pairs[0][0]), Room(pairs[0][0])
+        for rows, columns in grid(*self.shape, pairs[0][0]):
+            g, sums = product.of(rows, columns), squares.of(rows, columns)
             if squared:
-                torch.mm(squared[0][:, chosen].t(), squared[1], out=sums)
+                torch.mm(squared[0][:, rows].t(), squared[1][:, columns], out=sums)
             for number, (left, right) in enumerate(several):
-                torch.mm(left[:, chosen].t(), right, out=g)
+                torch.mm(left[:, rows].t(), right[:, columns], out=g)
                 if number == 0 and not squared:
                     torch.mul(g, g, out=sums)
                 else:
                     sums.addcmul_(g, g)
-            tile.add_(sums)
+            matrix[rows, columns].add_(sums)
 
     def _add_blocks(self, matrix: Tensor, kept: Sequence[int]) -> None:
         """Form the gradients of many samples at once, for a device with many cores."""
@@ -171,13 +167,13 @@ class Outer(Entrywise):
         """See `SampleGradients`."""
         if not self._is_tiled(where):
             return super().squares_at(rows, where)
-        found = [_computable(self.left[:0]).new_empty(0)]
+        found = _computable(self.left[:0]).new_empty(len(where))
         for tile in tiles(map(self.factors, rows), where):
             sums = torch.zeros_like(tile.buffer)
             for product in tile.products():
                 sums.addcmul_(product, product)
-            found.append(sums.view(-1)[tile.places])
-        return torch.cat(found)
+            found[tile.entries] = sums.view(-1)[tile.places]
+        return found
 
     def _is_tiled(self, where: Where) -> bool:
         """Return whether entries are squared before they are read."""
