@@ -18,6 +18,7 @@ from peft_ird.selection.gradients import outer, tiles
 from peft_ird.selection.gradients.batching import Sample, cut, plan, stack
 from peft_ird.selection.gradients.dense import Dense
 from peft_ird.selection.gradients.forms import OuterAndRows, SampleGradients, combine
+from peft_ird.selection.gradients.kept import KeptGradients
 from peft_ird.selection.gradients.outer import Outer
 from peft_ird.selection.gradients.rows import Rows
 from peft_ird.selection.gradients.where import Where
@@ -142,6 +143,40 @@ def test_the_squared_norm_is_the_sum_of_all_squares(case, data):
     kept = subset(data, len(case.gradients))
     expected = case.gradients[kept].square().sum((1, 2))
     assert_close(case.form.squared_norms(kept), expected, **TOL[torch.float64])
+
+
+@given(cases(), st.booleans(), st.data())
+def test_some_samples_alone_have_the_same_gradients(case, wide, data):
+    kept = subset(data, len(case.gradients))
+    form = case.form.only(kept, lambda tensor: tensor[kept])
+    rows = subset(data, len(kept))
+    total = torch.zeros(case.shape.numel(), dtype=torch.float64)
+    where = Where(places(data, case.shape), case.shape)
+    with constants(is_wide=wide):
+        form.add_squares_(total, rows)
+        found = form.at(rows, where)
+    expected = case.gradients[kept][rows]
+    assert_close(total, expected.square().sum(0).flatten(), **TOL[torch.float64])
+    assert_close(found, expected.flatten(1)[:, where.flat], **TOL[torch.float64])
+
+
+def test_a_batch_lets_go_of_what_is_not_wanted_and_shares_its_inputs():
+    left, right = torch.randn(2, 8, 3, 5), torch.randn(8, 3, 4)
+    live = torch.ones(8, 3, dtype=torch.bool)
+    batch = KeptGradients()
+    keeper = batch.add(range(10, 18))
+    for part, side in enumerate(left):
+        keeper.update(part, Outer(side, right, live), range(8), range(10, 18))
+    batch.forget_all_but([*range(10, 15), 99])  # more than half
+    assert len(keeper.gradients[0].left) == 8
+    batch.forget_all_but([12, 14, 99])
+    assert keeper.positions == (12, 14)
+    first, second = (keeper.gradients[part] for part in (0, 1))
+    assert_close(first.left, left[0, [2, 4]], rtol=0, atol=0)
+    assert_close(second.left, left[1, [2, 4]], rtol=0, atol=0)
+    assert_close(first.right, right[[2, 4]], rtol=0, atol=0)
+    assert first.right.untyped_storage().nbytes() == 2 * 3 * 4 * 4
+    assert first.right is second.right
 
 
 def places(data: st.DataObject, shape: torch.Size) -> Tensor:

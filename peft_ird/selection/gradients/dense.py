@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from peft_ird.selection.gradients.entrywise import Entrywise
+from peft_ird.selection.gradients.entrywise import Entrywise, Pick
 from peft_ird.selection.gradients.where import Where
 
 __all__ = ["Dense", "rows_of"]
@@ -41,6 +41,10 @@ class Dense(Entrywise):
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""
         return rows_of(self.values, rows)[:, where.flat]
+
+    def only(self, _: Sequence[int], pick: Pick) -> "Dense":
+        """See `SampleGradients`."""
+        return Dense(pick(self.values))
 
     def tensors(self) -> Iterator[Tensor]:
         """See `SampleGradients`."""

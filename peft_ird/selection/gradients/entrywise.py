@@ -1,14 +1,16 @@
 """Sums over chosen entries, by reading them: a few samples at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.where import Where
 
-__all__ = ["Entrywise"]
+__all__ = ["Entrywise", "Pick"]
+
+Pick = Callable[[Tensor], Tensor]  # some samples' rows of a tensor
 
 _PORTION = 1 << 22  # entries of single samples that are looked at together
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.dense import Dense
-from peft_ird.selection.gradients.entrywise import Entrywise
+from peft_ird.selection.gradients.entrywise import Entrywise, Pick
 from peft_ird.selection.gradients.outer import Outer, join_outers
 from peft_ird.selection.gradients.rows import Rows, join_rows
 from peft_ird.selection.gradients.where import Where
@@ -43,6 +43,14 @@ class SampleGradients(Protocol):
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """Return the chosen entries of some samples. Shape ``[len(rows), k]``."""
+
+    def only(self, rows: Sequence[int], pick: Pick) -> "SampleGradients":
+        """Return the gradients of some samples, which hold on to nothing of the others.
+
+        Args:
+            rows: The samples.
+            pick: Returns their rows of a tensor; of the same tensor, the same ones.
+        """
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors held."""
@@ -86,6 +94,10 @@ class OuterAndRows(Entrywise):
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""
         return self.outer.at(rows, where) + self.rows.at(rows, where)
+
+    def only(self, rows: Sequence[int], pick: Pick) -> "OuterAndRows":
+        """See `SampleGradients`."""
+        return OuterAndRows(self.outer.only(rows, pick), self.rows.only(rows, pick))
 
     def tensors(self) -> Iterator[Tensor]:
         """See `SampleGradients`."""

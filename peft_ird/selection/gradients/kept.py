@@ -1,6 +1,6 @@
 """Gradients kept of samples, so that later passes need not call the model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -32,13 +32,19 @@ class KeptGradients:
         return batch
 
     def forget_all_but(self, samples: Sequence[int]) -> None:
-        """Drop what is kept of batches without any of the samples.
+        """Drop what is kept of other samples.
+
+        A batch of which more than half is wanted stays as it is.
 
         Args:
             samples: Positions in the calibration data.
         """
         wanted = set(samples)
         self._batches = [b for b in self._batches if not wanted.isdisjoint(b.positions)]
+        for batch in self._batches:
+            rows = batch.rows(wanted)
+            if 2 * len(rows) <= len(batch.positions):
+                batch.shrink(rows)
         self.everywhere &= wanted
 
     def parts(self) -> set[int]:
@@ -57,7 +63,7 @@ class KeptGradients:
         """
         wanted = set(samples)
         for batch in self._batches:
-            rows = [n for n, p in enumerate(batch.positions) if p in wanted]
+            rows = batch.rows(wanted)
             positions = [batch.positions[n] for n in rows]
             for part in parts if rows else ():
                 if part in batch.gradients:
@@ -70,6 +76,27 @@ class _Batch:
     def __init__(self, positions: tuple[int, ...]) -> None:
         self.positions = positions
         self.gradients: dict[int, SampleGradients] = {}
+
+    def rows(self, wanted: Collection[int]) -> list[int]:
+        """Return which of the batch's samples are at some positions."""
+        return [n for n, p in enumerate(self.positions) if p in wanted]
+
+    def shrink(self, rows: Sequence[int]) -> None:
+        """Keep some of the samples only.
+
+        Layers that share their input have one tensor of it, before and after.
+        """
+        picked: dict[tuple[object, ...], Tensor] = {}
+
+        def pick(tensor: Tensor) -> Tensor:
+            key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if key not in picked:
+                picked[key] = tensor[list(rows)]
+            return picked[key]
+
+        for part, gradients in self.gradients.items():
+            self.gradients[part] = gradients.only(rows, pick)
+        self.positions = tuple(self.positions[n] for n in rows)
 
     def update(self, part: int, gradients: SampleGradients, *_: Sequence[int]) -> None:
         """See `Statistic`."""

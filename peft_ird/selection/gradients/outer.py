@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.dense import rows_of
-from peft_ird.selection.gradients.entrywise import Entrywise
+from peft_ird.selection.gradients.entrywise import Entrywise, Pick
 from peft_ird.selection.gradients.tiles import Room, grid, tiles
 from peft_ird.selection.gradients.where import Where
 from peft_ird.sparse.products import by_block, by_sampling
@@ -41,6 +41,7 @@ class Outer(Entrywise):
     ) -> None:
         self.left = left
         self.right = right
+        self.live = live
         self.unscale = unscale
         self.spans = _spans(live)
 
@@ -211,23 +212,25 @@ class Outer(Entrywise):
         left, right = self.factors(n)
         return left[:, rows].t() @ right
 
+    def only(self, _: Sequence[int], pick: Pick) -> "Outer":
+        """See `SampleGradients`."""
+        sides = pick(self.left), pick(self.right)
+        return Outer(*sides, pick(self.live), self.unscale)
+
     def tensors(self) -> Iterator[Tensor]:
         """See `SampleGradients`."""
-        yield from (self.left, self.right)
+        yield from (self.left, self.right, self.live)
 
 
 def join_outers(uses: Sequence[Outer]) -> Outer:
     """Sum the gradients from several uses: their tokens stand side by side."""
     if len(uses) == 1:
         return uses[0]
-    left, right = (
-        torch.cat([getattr(use, side) for use in uses], 1) for side in ("left", "right")
+    left, right, live = (
+        torch.cat([getattr(use, side) for use in uses], 1)
+        for side in ("left", "right", "live")
     )
-    live = [left.new_zeros(use.left.shape[:2], dtype=torch.bool) for use in uses]
-    for use, mask in zip(uses, live, strict=True):
-        for n, (start, stop) in enumerate(use.spans):
-            mask[n, start:stop] = True
-    return Outer(left, right, torch.cat(live, 1), uses[0].unscale)
+    return Outer(left, right, live, uses[0].unscale)
 
 
 def _spans(live: Tensor) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from peft_ird.selection.gradients.entrywise import Entrywise
+from peft_ird.selection.gradients.entrywise import Entrywise, Pick
 from peft_ird.selection.gradients.where import Where
 
 __all__ = ["Rows", "join_rows"]
@@ -76,18 +76,27 @@ class Rows(Entrywise):
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""
         found = self.values.new_zeros(len(rows), len(where))
-        lengths = [self.starts[n + 1] - self.starts[n] for n in rows]
         row, values = self._kept(rows)
         device = row.device
-        sample = torch.arange(len(rows), device=device).repeat_interleave(
-            torch.tensor(lengths, device=device)
-        )
+        sample = self._samples(rows)
         first, count = where.starts[row], where.starts[row + 1] - where.starts[row]
         mine = torch.arange(len(row), device=device).repeat_interleave(count)
         before = count.cumsum(0) - count
         place = torch.arange(len(mine), device=device) + (first - before)[mine]
         found[sample[mine], place] = values[mine, where.column[place]]
         return found
+
+    def only(self, rows: Sequence[int], _: Pick) -> "Rows":
+        """See `SampleGradients`."""
+        row, values = self._kept(rows)
+        return Rows(self._samples(rows), row, values, len(rows))
+
+    def _samples(self, rows: Sequence[int]) -> Tensor:
+        """Return which of some samples each of their rows is of."""
+        device = self.row.device
+        counts = [self.starts[n + 1] - self.starts[n] for n in rows]
+        numbers = torch.arange(len(rows), device=device)
+        return numbers.repeat_interleave(torch.tensor(counts, device=device))
 
     def tensors(self) -> Iterator[Tensor]:
         """See `SampleGradients`."""
