@@ -1,23 +1,23 @@
 """Kinds of layers: one per way in which a module uses its parameters."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
+from peft_ird.affine import Affine, Norm
 from peft_ird.layer import Deltas, IRDLayer
+from peft_ird.lookups import Lookups
 from peft_ird.merging import is_low_precision
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows, rows_of
 from peft_ird.sparse.linear import linear
-from peft_ird.sparse.ops import add_deltas, sum_dense
+from peft_ird.sparse.ops import add_deltas
 from peft_ird.sparse.separate import linear_and_product, plus_product
 from peft_ird.sparse.ways import is_autocast, is_transformed, way_in_force
-from peft_ird.substitution import with_forward, with_parameters
 
 __all__ = [
     "Affine",
@@ -31,100 +31,24 @@ __all__ = [
 ]
 
 
-class Affine(IRDLayer):
-    """A layer whose output is affine in its parameters, as norms and convolutions.
-
-    With low-precision weights most small deltas would be lost in the sum (of deltas of
-    1e-4 a third, in bfloat16), and offloaded weights are not at hand; there the share
-    that the deltas have in the output is added instead.
-    """
-
-    def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
-        weights = [self._base_parameter(name) for name in deltas]
-        if not any(is_low_precision(w) or w.is_meta for w in weights):
-            return super()._run(deltas, *args, **kwargs)
-        output = self.base_layer(*args, **kwargs)
-        dense = {
-            name: sum_dense(found, torch.float32) for name, found in deltas.items()
-        }
-        return output + self._output_share(dense, *args, **kwargs).to(output.dtype)
-
-    def _is_simple_call(
-        self, deltas: Deltas, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> bool:
-        """Return whether the operators for sparse deltas can serve a call."""
-        is_broken = torch.compiler.is_compiling() and not self._is_alone()
-        has_one = _has_one_input(args, kwargs, deltas)
-        return has_one and not is_broken and not is_transformed()
-
-    def _is_alone(self) -> bool:
-        """Return whether the base layer has neither hooks nor another tuner on it."""
-        base = self.get_base_layer()
-        return base is self.base_layer and not _has_hooks(base)
-
-    def _call_and(self, add: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        """Add to the base layer's output what hooks and other tuners see as its own."""
-        if self._is_alone():
-            return add(self._run_base(x), x)
-        layer = with_forward(self.base_layer, lambda x: add(self._run_base(x), x))
-        output: Tensor = layer(x)
-        return output
-
-    def _run_base(self, x: Tensor) -> Tensor:
-        """Run the base layer without its hooks."""
-        output: Tensor = self.get_base_layer().forward(x)
-        return output
-
-    def _output_share(
-        self, dense: Mapping[str, Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Return what dense deltas add to the output: f(delta) - f(0), in float32.
-
-        The difference may be small beside its terms, as in norms that multiply by
-        1 + weight.
-        """
-        base = self.get_base_layer()
-        device = next(iter(dense.values())).device
-        zeros = {
-            name: torch.zeros(parameter.shape, device=device)
-            for name, parameter in base.named_parameters(recurse=False)
-        }
-        args, kwargs = tree_map_only(Tensor, _raised, (args, kwargs))
-
-        def output(parameters: Mapping[str, Tensor]) -> Tensor:
-            result: Tensor
-            if torch.compiler.is_compiling():
-                result = torch.func.functional_call(
-                    base, dict(parameters), args, kwargs
-                )
-            else:  # the class's own forward: hooks have run on the base layer already
-                clone = with_parameters(base, parameters)
-                result = type(base).forward(clone, *args, **kwargs)
-            return result
-
-        return output({**zeros, **dense}) - output(zeros)
-
-
-def _raised(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-class Norm(Affine):
-    """LayerNorm, RMSNorm and their kin."""
-
-    @staticmethod
-    def _features(base_layer: Any) -> tuple[int | None, int | None]:
-        weight = getattr(base_layer, "weight", None)
-        size = None if weight is None else weight.numel()
-        return size, size
-
-
 class CustomEmbedding(Affine):
-    """A subclass of ``nn.Embedding`` with a forward of its own."""
+    """A subclass of ``nn.Embedding`` with a forward of its own, as one that scales."""
+
+    _only_looks_up = True  # as far as has been seen
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
         return base_layer.num_embeddings, base_layer.embedding_dim
+
+    def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
+        is_eager = not (torch.compiler.is_compiling() or is_transformed())
+        if is_eager and self._only_looks_up and set(deltas) == {"weight"}:
+            with Lookups(self.get_base_layer(), deltas["weight"]) as lookups:
+                output = self.base_layer(*args, **kwargs)
+            if lookups.are_all:
+                return output
+            self._only_looks_up = False
+        return super()._run(deltas, *args, **kwargs)
 
 
 class Embedding(CustomEmbedding):
@@ -160,12 +84,15 @@ class Linear(Affine):
     """
 
     _is_transposed = False
+    _input = "input"  # what its forward calls its argument
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
         return base_layer.in_features, base_layer.out_features
 
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
+        if not args and kwargs.keys() == {self._input}:
+            args, kwargs = (kwargs[self._input],), {}
         has_weight = "weight" in deltas
         is_plain = not has_weight and not is_low_precision(self._base_parameter("bias"))
         if is_plain or not self._is_simple_call(deltas, args, kwargs):
@@ -243,35 +170,11 @@ class TransposedLinear(Linear):
     """``Conv1D``, the linear layer of GPT-2: weight ``[i, o]``, bias ``[o]``."""
 
     _is_transposed = True
+    _input = "x"
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
         return base_layer.nx, base_layer.nf
-
-
-def _has_one_input(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], deltas: Deltas
-) -> bool:
-    """Return whether a layer is called with one tensor, where its deltas are."""
-    device = next(iter(deltas.values()))[0].values.device
-    return (
-        not kwargs
-        and len(args) == 1
-        and isinstance(args[0], Tensor)
-        and args[0].device == device
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        getattr(module, hooks)
-        for hooks in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
 
 
 class CustomLinear(IRDLayer):
