@@ -1,4 +1,4 @@
-"""README's tables of the GLUE experiments: scores, and paired differences.
+"""The tables of the GLUE experiments: scores, and paired differences.
 
 A row's score on a task is that of its rate (`experiment`), on the validation set.
 Differences are paired over tasks and seeds: both methods saw the same training samples,

@@ -1,4 +1,4 @@
-"""Draw README's figures from the files in ``benchmarks/results``.
+"""Draw the figures of both READMEs from the files in ``benchmarks/results``.
 
 python benchmarks/plots.py            # draw those that are stale; --all draws all
 python benchmarks/plots.py --check    # fail if one is stale
@@ -39,7 +39,7 @@ KEY = "Drawn from"
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the README.
+    """A figure of one of the READMEs.
 
     Args:
         name: Name of the PNG, without the ending.

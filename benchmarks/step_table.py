@@ -119,7 +119,8 @@ def _peak_rows(results: Record) -> Iterator[Row]:
     for label, row in rows.items():
         if lora and label.startswith("ird") and "beyond" in row:
             values = {found["shape"]: row["beyond"] / lora}
-            title = f"peak memory beyond the model, over LoRA's (r = 8): {label}"
+            what = label.replace("ird", TITLES["ird"] + ",", 1)
+            title = f"peak memory beyond the model, over LoRA's (r = 8): {what}"
             yield rated(title, values, "{:.2f}", most=PEAK_BAR)
 
 

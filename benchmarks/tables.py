@@ -229,6 +229,11 @@ def llama_scores() -> str:
     return scores_on("smollm", "The first six blocks of SmolLM2-135M-Instruct")
 
 
+def llama_head_scores() -> str:
+    """Return the same where the head has one rate in all rows."""
+    return scores_on("smollm-head", "The same model")
+
+
 def scores_on(name: str, label: str) -> str:
     """Return the scores of a list of experiments."""
     constants = read("glue-constants")["scores"]
@@ -255,6 +260,7 @@ TABLES = {
     "glue-head": head_scores,
     "glue-density": glue_densities,
     "glue-llama": llama_scores,
+    "glue-llama-head": llama_head_scores,
     "search": search_table,
     "quickstart": quickstart_table,
     "selection": selection_table,
