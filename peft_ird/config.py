@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from peft_ird._registration import IRD
-from peft_ird.options import check, ignores_base_mismatch
+from peft_ird.options import as_plain, check, ignores_base_mismatch
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.criteria import NEEDS_DATA
 from peft_ird.selection.schedule import check_schedule
@@ -211,6 +211,8 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = IRD
+        for each in fields(self):
+            setattr(self, each.name, as_plain(getattr(self, each.name)))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

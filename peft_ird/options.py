@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral, Real
 from typing import Any
 
 from peft_ird.selection.criteria import METHODS
 from peft_ird.selection.entries import SCOPES
 from peft_ird.sparse.storage import FORMAT
 
-__all__ = ["check", "ignores_base_mismatch", "ignoring_base_mismatch"]
+__all__ = ["as_plain", "check", "ignores_base_mismatch", "ignoring_base_mismatch"]
 
 _IGNORES = ContextVar("ignores_base_mismatch", default=False)
 
@@ -32,6 +33,15 @@ def ignoring_base_mismatch() -> Iterator[None]:
 def ignores_base_mismatch() -> bool:
     """Return whether configurations are made inside `ignoring_base_mismatch`."""
     return _IGNORES.get()
+
+
+def as_plain(value: Any) -> Any:
+    """Return a number of another library as Python's own, which JSON knows."""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 _CHOICES = {

@@ -60,6 +60,7 @@ def settle(
     else:
         selection = config.selection or select_parameters(model, config)
         counts = selection.counts
+        _check_outside_heads(counts, config)
         shapes = parameter_shapes(model, counts)
         _check_shapes(shapes, selection.shapes)
         selection.check()
@@ -113,6 +114,15 @@ def _check_heads(model: nn.Module, config: IRDConfig) -> None:
             raise ValueError(
                 f"`modules_to_save` covers '{name}', in which another adapter has "
                 "selected entries. Leave it out, or use a model without that adapter."
+            )
+
+
+def _check_outside_heads(counts: Mapping[str, Any], config: IRDConfig) -> None:
+    for name in counts:
+        if is_in_head(name, config):
+            raise ValueError(
+                f"`selection` has entries in '{name}', which belongs to a head that is "
+                "trained whole. Select with the same `task_type` and `modules_to_save`."
             )
 
 

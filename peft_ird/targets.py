@@ -1,8 +1,8 @@
 """The parameters that a configuration targets, and the selection among them."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel
@@ -105,7 +105,7 @@ def _walk(
     pool = find_candidates(base, config)
     head = [
         parameter
-        for name, module in base_modules(base)
+        for name, module in base_modules(base, with_heads=True)
         if is_in_head(name, config)
         for parameter in module.parameters(recurse=False)
     ]
@@ -166,7 +166,7 @@ def resolve_targets(model: nn.Module, config: IRDConfig) -> list[str]:
         ValueError: If ``target_modules`` is given and matches no module.
     """
     probe = config.__copy__()
-    probe.modules_to_save = _heads(config)
+    probe.modules_to_save = [*_heads(config)]
     include_all_linear_layers(probe, model)
     named = [(name, m) for name, m in base_modules(model) if name]
     if config.target_modules is None:
@@ -178,15 +178,18 @@ def resolve_targets(model: nn.Module, config: IRDConfig) -> list[str]:
 def is_in_head(name: str, config: IRDConfig) -> bool:
     """Return whether a module belongs to a head that is trained whole.
 
+    PEFT trains each module whole whose name ends in a head's: ``pre_classifier``, too.
+
     Args:
         name: The module's name in the base model.
         config: The configuration.
     """
-    return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in _heads(config))
+    around = accumulate(name.split("."), "{}.{}".format)
+    return any(outer.endswith(_heads(config)) for outer in around)
 
 
-def _heads(config: IRDConfig) -> list[str]:
-    return [*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())]
+def _heads(config: IRDConfig) -> tuple[str, ...]:
+    return (*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ()))
 
 
 def _in_layers(names: list[str], config: IRDConfig) -> list[str]:
@@ -212,20 +215,24 @@ def base_model(model: Any) -> nn.Module:
     return inside
 
 
-def base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def base_modules(
+    model: nn.Module, name: str = "", with_heads: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield the base model's modules under their names without any adapters.
-
-    Heads that PEFT trains whole (``modules_to_save``) are left out.
 
     Args:
         model: A model, with or without adapters.
         name: The name to begin with.
+        with_heads: Whether modules of which adapters have copies of their own
+            (``modules_to_save``) are among them, as they came with the model.
     """
     seen: set[int] = set()
 
     def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
+        if isinstance(module, AuxiliaryTrainingWrapper) and with_heads:
+            module = module.original_module
         if isinstance(module, AuxiliaryTrainingWrapper) or id(module) in seen:
             return
         seen.add(id(module))

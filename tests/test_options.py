@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 from peft_ird import Calibration, IRDConfig, select_parameters
@@ -171,6 +172,23 @@ def test_the_warm_up_trains_the_head_for_the_gradients_alone(loss):
     expected = oracles.best(warm.square().mean(0).tolist(), 60)
     assert flat(selection, model) == expected
     assert expected != oracles.best(cold.square().mean(0).tolist(), 60)
+
+
+def test_the_warm_up_of_a_second_adapter_trains_the_models_own_head():
+    settings = config("bert", budget=60, method="fish", num_samples=12,
+                      head_warmup_steps=7, head_warmup_learning_rate=0.3)  # fmt: skip
+    model, calibration, _ = problem("bert")
+    plain = copy.deepcopy(model)
+    expected = flat(select_parameters(plain, settings, calibration), plain)
+    first = config("bert", density=0.1, method="random", num_samples=12)
+    adapted = get_peft_model(model, first)
+    head = adapted.base_model.model.classifier
+    with torch.no_grad():
+        head.modules_to_save["default"].weight.normal_()
+    before = copy.deepcopy(adapted.state_dict())
+    found = select_parameters(adapted, settings, calibration)
+    assert flat(found, plain) == expected
+    assert all(torch.equal(v, before[k]) for k, v in adapted.state_dict().items())
 
 
 def test_the_head_comes_back_when_the_selection_fails():

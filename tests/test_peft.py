@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -23,6 +24,7 @@ from peft.utils import PeftType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.testing import assert_close
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_ird import IRDConfig, IRDModel, select_parameters
 from peft_ird.layer import IRDLayer
@@ -216,6 +218,51 @@ def test_a_parameter_that_a_head_holds_is_no_candidate():
     assert (
         "transformer.wte" not in select_parameters(make_model("gpt2"), settings).counts
     )
+
+
+def test_what_is_trained_whole_has_no_entries():
+    """PEFT takes `pre_classifier` for a classifier: its name ends like one."""
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}
+    base = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=40, max_position_embeddings=16, **sizes)
+    )
+    model = get_peft_model(base, config("bert", density=1.0))
+    whole = {n.split(".modules_to_save")[0] for n, _ in model.named_modules()
+             if n.endswith(".modules_to_save")}  # fmt: skip
+    assert whole == {"base_model.model.pre_classifier", "base_model.model.classifier"}
+    counts = model.peft_config["default"].nnz_pattern
+    assert not any("classifier" in module for module in counts)
+
+
+@pytest.mark.parametrize(
+    ("options", "module"),
+    [
+        ({}, "classifier"),
+        ({"modules_to_save": ["bert.pooler"]}, r"bert\.pooler\.dense"),
+    ],
+)
+def test_a_selection_with_entries_in_a_head_is_refused(options, module):
+    model = make_model("bert")
+    everything = select_parameters(model, IRDConfig(method="random", density=1.0))
+    if options:  # the first in the model's order is told
+        del everything.indices["classifier"]
+    with pytest.raises(ValueError, match=f"`selection` has entries in '{module}'"):
+        get_peft_model(
+            model, IRDConfig(task_type="SEQ_CLS", selection=everything, **options)
+        )
+    assert not any(isinstance(m, IRDLayer) for m in model.modules())
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    settings = config(
+        "bert", density=np.float32(0.25), seed=np.int64(3), num_samples=np.int32(4),
+        schedule=[(np.int64(4), np.float32(0.25))],
+    )  # fmt: skip
+    settings.save_pretrained(tmp_path)
+    again = IRDConfig.from_pretrained(tmp_path)
+    assert (again.density, again.seed, again.num_samples) == (0.25, 3, 4)
+    assert again.schedule == [(4, 0.25)]
 
 
 def test_only_the_active_adapter_is_trainable(name):

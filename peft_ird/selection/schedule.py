@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
 __all__ = ["PAPER", "Cell", "check_schedule", "plan_cells"]
@@ -55,7 +56,7 @@ def check_schedule(schedule: Any) -> str | list[tuple[int, float]]:
             "`schedule` is empty; give at least one (num_samples, density)."
         )
     for pair in pairs:
-        if not isinstance(pair[0], int) or pair[0] < 1 or not 0 < pair[1] <= 1:
+        if not isinstance(pair[0], Integral) or pair[0] < 1 or not 0 < pair[1] <= 1:
             raise ValueError(
                 "Each cell of `schedule` must be (num_samples, density) with "
                 f"num_samples >= 1 and density in (0, 1], got {pair}."
@@ -66,7 +67,7 @@ def check_schedule(schedule: Any) -> str | list[tuple[int, float]]:
                 f"`schedule` must not grow, but {after} follows {before}. Order the "
                 "cells from large to small."
             )
-    return [(n, float(density)) for n, density in pairs]
+    return [(int(n), float(density)) for n, density in pairs]
 
 
 def plan_cells(
