@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("adapter", metavar="ADAPTER", help="folder")
     merge.add_argument("output", type=Path, metavar="OUTPUT",
                        help="new folder for the model and its tokenizer")  # fmt: skip
+    merge.add_argument("--num-labels", type=int, metavar="N",
+                       help="number of labels (default: that of `classifier` or "
+                       "`score` in the adapter, else the base model's)")  # fmt: skip
     merge.set_defaults(run=_merge)
     return parser
 
@@ -158,7 +161,7 @@ def _merge(options: argparse.Namespace) -> str:
     output: Path = options.output
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ValueError(f"'{output}' is not empty. Name a new folder.")
-    labels = _label_count(Path(options.adapter))
+    labels = options.num_labels or _label_count(Path(options.adapter))
     kwargs = {}
     revision = {"revision": config.revision} if config.revision else {}
     if labels and labels != AutoConfig.from_pretrained(base, **revision).num_labels:
@@ -188,7 +191,8 @@ def _label_count(adapter: Path) -> int | None:
     if not file.is_file():
         return None
     tensors, _ = load_tensors(file)
-    heads = [t for name, t in sorted(tensors.items()) if _HEAD.search(name)]
+    whole = {name: t for name, t in tensors.items() if ".irdelta_" not in name}
+    heads = [t for name, t in sorted(whole.items()) if _HEAD.search(name)]
     return heads[-1].shape[0] if heads else None
 
 

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from peft_ird import IRDConfig, search, select_parameters
@@ -130,6 +132,37 @@ def test_merge_a_classifier_with_labels_of_its_own(tmp_path):
         expected = adapted(**batch).logits
         assert expected.shape == (3, 5)
         assert torch.equal(merged.eval()(**batch).logits, expected)
+
+
+def test_labels_are_not_counted_in_entries(tmp_path):
+    """Without a task the head is no head: it has entries like any module."""
+    model = make_adapter(
+        tmp_path / "a", make_model("bert"), tmp_path / "base", None, density=0.5
+    )
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    batch = make_batch("bert")
+    with torch.no_grad():
+        assert torch.equal(merged.eval()(**batch).logits, model(**batch).logits)
+
+
+def test_the_number_of_labels_can_be_given(tmp_path):
+    """A head by another name than those that are known."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    model = XLNetForSequenceClassification(XLNetConfig(**sizes, num_labels=5))
+    heads = ["logits_proj", "sequence_summary"]
+    make_adapter(
+        tmp_path / "a", model, tmp_path / "base", "SEQ_CLS", modules_to_save=heads
+    )
+    two = XLNetForSequenceClassification(XLNetConfig(**sizes))
+    two.transformer.load_state_dict(model.transformer.state_dict())
+    two.save_pretrained(tmp_path / "base")
+    command = ["merge", str(tmp_path / "a"), str(tmp_path / "merged")]
+    assert main(command) == 1
+    assert main([*command, "--num-labels", "5"]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.logits_proj.out_features == 5
 
 
 def test_merge_brings_the_tokenizer_along(tmp_path, capsys):
