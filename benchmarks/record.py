@@ -1,5 +1,6 @@
 """What each benchmark records beside its figures, and how a result file is written."""
 
+import argparse
 import json
 import os
 import platform
@@ -43,6 +44,27 @@ def giving_back() -> Iterator[None]:
         yield
     finally:
         os.environ.update(kept)
+
+
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a result depends on, beside the code that is timed.
+
+    Args:
+        options: Those of the script; its device is among them, unless it has none.
+    """
+    return {
+        "settings": {k: v for k, v in vars(options).items() if k != "output"},
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "machine": machine(getattr(options, "device", "cpu")),
+        "git": git_state(),
+    }
+
+
+def result_file(name: str, options: argparse.Namespace) -> Path:
+    """Return where a result goes: what was asked for, else a file for the device."""
+    given: Path | None = options.output
+    return given or RESULTS / f"{name}{'-gpu' * (options.device != 'cpu')}.json"
 
 
 def git_state() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bars import Row, rated, render
-from record import RESULTS, git_state, machine, now, versions, write
+from record import RESULTS, circumstances, now, write
 from shapes import SHAPES, build, draw, targets
 from torch import nn
 
@@ -53,11 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     cells = [measure(name, options) for name in options.shapes]
     results = {
-        "settings": {k: v for k, v in vars(options).items() if k != "output"},
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "machine": machine(options.device),
-        "git": git_state(),
+        **circumstances(options),
         "cells": cells,
     }
     write(options.output, results)

@@ -20,15 +20,7 @@ from typing import Any
 
 import torch
 from peers import CONTESTANTS, PEERS, Work, with_batches
-from record import (
-    RESULTS,
-    git_state,
-    giving_back,
-    keep_memory,
-    machine,
-    versions,
-    write,
-)
+from record import RESULTS, circumstances, giving_back, keep_memory, write
 from speed_table import table
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -71,11 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, default=RESULTS / "selection-speed.json")
     options = parser.parse_args(argv)
     results = {
-        "settings": {k: v for k, v in vars(options).items() if k != "output"},
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "machine": machine(),
-        "git": git_state(),
+        **circumstances(options),
         **measure(options),
     }
     write(options.output, results)

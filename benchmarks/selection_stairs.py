@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from bars import Row, rated, render
 from processes import in_processes
-from record import RESULTS, git_state, keep_memory, machine, versions, write
+from record import RESULTS, circumstances, keep_memory, write
 from selection_speed import SHAPES, build, candidates, draw
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
@@ -46,12 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, default=RESULTS / "selection-stairs.json")
     options = parser.parse_args(argv)
     results = {
-        "settings": {k: v for k, v in vars(options).items() if k != "output"},
+        **circumstances(options),
         "samples": SAMPLES,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "machine": machine(),
-        "git": git_state(),
         "stairs": [
             stairs(shape, length, options.repeats, options.seed)
             for shape in options.shapes

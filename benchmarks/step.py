@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from footprint import kept_bytes, peaks, state_bytes
 from peft import LoraConfig, get_peft_model
-from record import RESULTS, git_state, machine, versions, write
+from record import circumstances, result_file, write
 from shapes import SHAPES, Batch, Shape, build, draw, targets
 from step_table import table
 from torch import nn
@@ -84,17 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, default=RESULTS / "step.json")
+    add("--output", type=Path, help="default: in results, by the device")
     options = parser.parse_args(argv)
     results = {
-        "settings": {k: v for k, v in vars(options).items() if k != "output"},
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "machine": machine(options.device),
-        "git": git_state(),
+        **circumstances(options),
         **measure(options),
     }
-    write(options.output, results)
+    write(result_file("step", options), results)
     print(table(results))
 
 

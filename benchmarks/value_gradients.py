@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import RESULTS, git_state, machine, now, versions, write
+from record import circumstances, now, result_file, write
 from torch import Tensor
 from trainees import FILLED, ROWS_PER_COLUMN
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, default=RESULTS / "value_gradients.json")
+    add("--output", type=Path, help="default: in results, by the device")
     options = parser.parse_args(argv)
     cells = [
         measure(side, mask, density, options)
@@ -50,14 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for density in options.densities
     ]
     result = {
-        "settings": {k: v for k, v in vars(options).items() if k != "output"},
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "machine": machine(options.device),
-        "git": git_state(),
+        **circumstances(options),
         "cells": cells,
     }
-    write(options.output, result)
+    write(result_file("value-gradients", options), result)
 
 
 def measure(

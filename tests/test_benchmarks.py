@@ -1,5 +1,6 @@
 """The benchmarks run on a tiny model, and their contestants agree."""
 
+import argparse
 import importlib
 import json
 import re
@@ -152,6 +153,19 @@ def test_all_ways_to_the_gradient_are_timed(monkeypatch, tmp_path):
         assert set(cell["median_seconds"]) >= {"block", "sampled"}
         assert cell["chosen"] in cell["median_seconds"]
         assert cell["k"] == round(cell["density"] * cell["side"] ** 2)
+
+
+def test_results_of_a_gpu_have_files_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    record = importlib.import_module("record")
+
+    def name(**given):
+        return record.result_file("step", argparse.Namespace(output=None, **given)).name
+
+    assert name(device="cpu") == "step.json"
+    assert name(device="cuda:1") == "step-gpu.json"
+    given = argparse.Namespace(output=tmp_path / "mine.json", device="cuda")
+    assert record.result_file("step", given) == tmp_path / "mine.json"
 
 
 def test_large_selections_are_timed_and_tabled(monkeypatch, tmp_path):
