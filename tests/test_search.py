@@ -496,6 +496,14 @@ def test_a_cell_that_failed_goes_no_further():
     assert survivors(found, rungs[:3]) == [2]
 
 
+def test_the_next_takes_the_place_of_a_cell_that_failed_and_goes_on():
+    found, rungs = ladder(4, [[0.5], [0.4, 0.5], [0.3, 0.6], [0.2]])
+    assert survivors(found, rungs[:1], {0}) == [1, 2, 3]
+    assert survivors(found, rungs[:2], {0}) == [1, 2]
+    assert survivors(found, rungs[:3], {0}) == [2]
+    assert survivors(found, rungs[:3], {0, 2}) == [1]  # (5, 0.1) has not come so far
+
+
 @pytest.mark.parametrize(
     ("device", "visible", "expected"),
     [

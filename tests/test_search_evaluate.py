@@ -1,6 +1,7 @@
 """Scores by fine-tuning: what is held out, when training stops, and how it goes on."""
 
 import pickle
+import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -420,6 +421,12 @@ def test_patience_is_kept_across_a_pause(tmp_path):
     assert outcome.steps == 10
 
 
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "pause").mkdir()
+    with pytest.raises(ValueError, match=r"no checkpoint in '.*pause'\. Pass the"):
+        stock(tmp_path / "home").advance(adapted(), 12, tmp_path / "pause")
+
+
 COSTS = [(7, 3, 2.0), (7, 3, 1.5), (7, 2, 2.5), (2, 3, 1.1), (1, 2, 1.5), (9, 4, 20.0)]
 
 
@@ -508,6 +515,20 @@ class Toy:
         )
 
 
+class Turning(Toy):
+    """After the first rung, scores are in the reverse order of sizes."""
+
+    def advance(self, model, until, resume_from=None, save_to=None):
+        outcome = super().advance(model, until, resume_from, save_to)
+        return replace(outcome, score=outcome.score * (-1 if resume_from else 1))
+
+
+def goes_on(calls):
+    """Whether each cell goes on where its last training that did not fail ended."""
+    ends = {0, *(until for _, _, until in calls)}
+    return all(done == max(e for e in ends if e < until) for _, done, until in calls)
+
+
 CELLS = [(8, 0.1), (8, 0.08), (8, 0.06), (8, 0.04), (8, 0.02)]
 
 
@@ -542,7 +563,7 @@ def test_halving_goes_on_after_an_interruption(tmp_path, at):
     result = halved(tmp_path / "cut", second)
     assert first.calls[:at] + second.calls == whole.calls
     assert result.scores == expected.scores
-    assert result.best == expected.best or result.best.cell == expected.best.cell
+    assert result.best.cell == expected.best.cell
 
 
 def test_a_cell_that_fails_in_a_rung_leaves_its_place_to_the_others(tmp_path):
@@ -565,7 +586,42 @@ def test_the_place_of_the_last_cell_is_taken_if_that_fails(tmp_path):
     again = halved(tmp_path, Toy())
     assert not again.errors
     assert again.best.cell == (8, 0.1)
-    assert not list(tmp_path.glob("rung-*"))
+    assert not list(tmp_path.glob("*/rung-*"))
+
+
+def test_those_that_take_a_place_go_on_themselves(tmp_path):
+    first, second = Toy(fails=[0, 5, 9, 12]), Toy()  # the best cell of each rung
+    result = halved(tmp_path, first)
+    assert [r.rung for r in result.records] == [0, 1, 2, 3, 4]
+    assert len(result.errors) == 4
+    assert result.best.cell == CELLS[4]
+    again = halved(tmp_path, second)
+    assert again.best.cell == CELLS[0]
+    assert goes_on(first.calls + second.calls)
+    assert not list(tmp_path.glob("*/rung-*"))
+
+
+def test_a_cell_that_is_tried_again_may_change_who_goes_on(tmp_path):
+    first, second = Turning(fails=[0]), Turning()
+    result = halved(tmp_path, first)
+    assert [r.rung for r in result.records] == [0, 2, 3, 4, 1]
+    again = halved(tmp_path, second)
+    assert [r.rung for r in again.records] == [2, 3, 4, 4, 1]
+    assert goes_on(first.calls + second.calls)
+    assert not list(tmp_path.glob("*/rung-*"))
+
+
+def test_a_training_whose_checkpoint_is_gone_starts_again(tmp_path):
+    whole, second = Toy(), Toy()
+    expected = halved(tmp_path / "whole", whole)
+    with pytest.raises(KeyboardInterrupt):
+        halved(tmp_path / "cut", Toy(interrupts=[8]))
+    for folder in tmp_path.glob("cut/*/rung-*"):
+        shutil.rmtree(folder)
+    result = halved(tmp_path / "cut", second)
+    assert result.scores == expected.scores
+    third_rung = [(size, 0, until) for size, _, until in whole.calls[8:10]]
+    assert second.calls == third_rung + whole.calls[10:]
 
 
 def test_a_failed_cell_is_not_the_best(tmp_path):

@@ -111,6 +111,15 @@ def test_a_failed_cell_is_marked_and_compared_with_nothing():
     assert (32, 0.025) not in marked(right, "worse")
 
 
+@pytest.mark.parametrize("reported", [float("nan"), float("inf")])
+def test_a_reported_score_that_is_no_number_is_left_out(reported):
+    (axes,) = draw_search(result([reported, *IRD[1:]]), by="reported").axes
+    (failed,) = draw_search(result([None, *IRD[1:]]), by="reported").axes
+    assert texts(axes) == {**texts(failed), (128, 0.025): "no score"}
+    assert colours(axes) == colours(failed)
+    assert marked(axes, "maximum") == [(16, 0.005)]
+
+
 def test_with_halving_only_the_last_rung_can_be_highest():
     scores = [[0.9], [0.5, 0.7], [0.6, 0.6]]
     cells = [(8, 0.1), (4, 0.1), (4, 0.05)]

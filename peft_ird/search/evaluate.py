@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainingArguments
 
 from peft_ird.search.outcome import Outcome, name_of
-from peft_ird.search.stopping import BestWeights, PauseAt, named_metric
+from peft_ird.search.stopping import BestWeights, PauseAt, checkpoint_in, named_metric
 from peft_ird.search.trainer import CellTrainer
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.randomness import own_randomness
@@ -189,12 +189,15 @@ class TrainerEvaluate:
         Returns:
             The outcome; its metrics are those of the held-out part, and what is
             reported is scored at the end only.
+
+        Raises:
+            ValueError: If there is no checkpoint in ``resume_from``.
         """
         start = time.perf_counter()
         home = Path(self.training_args.output_dir)
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=str(home), prefix="cell-") as spare:
-            checkpoint = resume_from and next(resume_from.glob("checkpoint-*"))
+            checkpoint = resume_from and checkpoint_in(resume_from)
             best = BestWeights(
                 self.metric, self._is_greater_better(), self.patience, self.threshold,
                 checkpoint,

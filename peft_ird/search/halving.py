@@ -98,13 +98,11 @@ def survivors(
     Args:
         records: What is known of all cells.
         rungs: The rungs so far; all but the last have been trained for.
-        failed: Cells that have failed on the way to the last one.
+        failed: Cells that have failed; the next take their places.
     """
-    alive = list(range(len(records)))
+    alive = [i for i in range(len(records)) if i not in failed]
     for number, rung in enumerate(rungs[1:]):
         scored = [i for i in alive if records[i].rung > number]
-        if number == len(rungs) - 2:
-            scored = [i for i in scored if i not in failed]
         ranked = sorted(scored, key=lambda i: records[i].promise(number), reverse=True)
         alive = sorted(ranked[: rung.cells])
     return alive

@@ -1,5 +1,6 @@
 """Pictures of a search: the score of every cell, beside those of another search."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -120,7 +121,7 @@ def _scores(result: SearchResult, by: str) -> dict[Cell, float]:
         for record in result.records
         if record.failure is None and record.outcome is not None
     }
-    return {cell: score for cell, score in found.items() if score is not None}
+    return {c: s for c, s in found.items() if s is not None and math.isfinite(s)}
 
 
 def _colours(scores: Sequence[Mapping[Cell, float]]) -> ScalarMappable:

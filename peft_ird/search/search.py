@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def search(
 
 @dataclass
 class Campaign:
-    """A search under way: what it was asked for, and what is in its folder."""
+    """A search under way: what it was asked for, is in its folder, and has failed."""
 
     folder: SearchFolder
     model_init: Callable[[], nn.Module]
@@ -117,6 +117,7 @@ class Campaign:
     halving: SuccessiveHalving | None
     base: str = ""
     rungs: tuple[Rung, ...] = ()
+    failed: set[int] = field(default_factory=set)
 
     def begin(self, memory_limit: int | None) -> tuple[Cell, ...]:
         """Take the folder and select, unless that is done; return the cells."""
@@ -144,29 +145,26 @@ class Campaign:
         The place of one that fails is taken by the next.
         """
         folders = self.folder.cells()
-        failed: set[int] = set()
         label = "cells" if len(self.rungs) == 1 else f"rung {number + 1}"
         with tqdm(total=rung.cells, desc=label) as bar:
             while True:
                 known = [folder.read() for folder in folders]
-                alive = survivors(known, self.rungs[: number + 1], failed)
+                alive = survivors(known, self.rungs[: number + 1], self.failed)
                 trials = {i: self._trial(i, number, rung, cells) for i in alive}
-                waiting = {i: t for i, t in trials.items() if i not in failed}
-                due = {i: t for i, t in waiting.items() if not self._is_done(t)}
+                due = {i: t for i, t in trials.items() if not self._is_done(t)}
                 if not due:
                     break
                 bar.update(len(alive) - len(due) - bar.n)
                 for _ in crew.run([*due.values()]):
                     bar.update()
                 self._report(due.values())
-                failed |= {i for i in due if folders[i].read().failure is not None}
-        is_last = number == len(self.rungs) - 1
+                self.failed |= {i for i in due if folders[i].read().failure}
         for folder in folders:
-            record = folder.read()
-            if record.failure is None:
-                # What has come so far goes on, or takes the place of what fails.
-                waits = not is_last and record.rung > number
-                folder.drop_rungs(record.rung - 1 if waits else None)
+            done = folder.read().rung
+            # What has come so far goes on, or takes the place of what fails. Where one
+            # has failed, trying it again may change who goes on.
+            waits = self.failed or done > number
+            folder.drop_rungs(done - 1 if waits else None)
 
     def _plan(self, cells: int) -> tuple[Rung, ...]:
         if self.halving is None:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from peft_ird.sparse.storage import load_tensors, save_tensors
 
-__all__ = ["BestWeights", "PauseAt", "named_metric"]
+__all__ = ["BestWeights", "PauseAt", "checkpoint_in", "named_metric"]
 
 _FILE = "best_weights.safetensors"
 
@@ -129,6 +129,25 @@ class PauseAt(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
             control.should_evaluate &= float(state.epoch).is_integer()
         return control
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """Return the checkpoint that a paused training left in its folder.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        ValueError: If there is none in it.
+    """
+    found = next(folder.glob("checkpoint-*"), None)
+    if found is None:
+        raise ValueError(
+            f"There is no checkpoint in '{folder}'. Pass the `save_to` of an earlier "
+            "call. If the folder is one of a search, delete it and run the search "
+            "again: the cell is then trained from the start."
+        )
+    return found
 
 
 def named_metric(metrics: dict[str, float], name: str) -> float:

@@ -132,11 +132,12 @@ class Trial:
 
     def _advanced(self, model: nn.Module, until: int) -> Outcome:
         assert isinstance(self.evaluate, Resumable)
-        source = self.folder.rung(self.rung - 1) if self.rung else None
+        source = self.folder.rung(self.rung - 1)
         target = None if self.is_last else self.folder.rung(self.rung)
         if target is not None and target.exists():  # of a training cut short
             shutil.rmtree(target)
-        return self.evaluate.advance(model, until, source, target)
+        is_there = source.is_dir()  # not at the first rung, or if someone deleted it
+        return self.evaluate.advance(model, until, source if is_there else None, target)
 
 
 def as_outcome(result: Any) -> Outcome:
