@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import ReformerConfig, ReformerModelWithLMHead
 
 from peft_ird import Calibration, IRDConfig, select_parameters
 from tests import oracles
@@ -174,6 +175,26 @@ def test_token_labels_out_of_range():
     data[1]["labels"][2] = 40
     settings = IRDConfig(task_type="CAUSAL_LM", density=0.1, num_samples=8)
     refused(r"sample 1 must lie in \[0, 40\).*got 40", model, settings, data)
+
+
+def test_labels_that_are_all_ignored():
+    data = make_samples("llama", 8)
+    for sample in data:
+        sample["labels"] = [-100] * len(sample["labels"])
+    settings = IRDConfig(task_type="CAUSAL_LM", density=0.1, num_samples=8)
+    message = "None of the 8 calibration samples has a label that counts"
+    refused(message, make_model("llama"), settings, data)
+
+
+def test_a_model_without_a_backward_pass_in_eval_mode():
+    settings = ReformerConfig(
+        vocab_size=40, hidden_size=16, attention_head_size=8, num_attention_heads=2,
+        feed_forward_size=24, attn_layers=["local"], axial_pos_embds=False,
+        max_position_embeddings=32, local_attn_chunk_length=3, is_decoder=True,
+    )  # fmt: skip
+    data = make_samples("gpt2", 8)
+    message = "training mode.* taken in eval mode.* Choose a method that needs none"
+    refused(message, ReformerModelWithLMHead(settings), IRDConfig(density=0.1), data)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

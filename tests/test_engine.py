@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import (
     BertForSequenceClassification,
     Phi3Config,
@@ -298,6 +300,27 @@ class TestTransformers:
         model = make_model("bert-questions").double()
         check_model(model, samples, **settings_of("bert-questions"))
 
+    @pytest.mark.parametrize("batch_size", [1, None])
+    @pytest.mark.parametrize("name", ["bert", "t5"])
+    def test_a_collator_that_draws_anew_is_asked_once(self, name, batch_size):
+        """Then a sample is the same cut, padded and alone."""
+        samples, made = make_samples(name), []
+        generator = torch.Generator().manual_seed(0)
+
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+            batch = padded_to(12, as_batch(rows[0]))
+            is_masked = torch.rand(1, 12, generator=generator) < 0.3
+            batch["input_ids"] = batch["input_ids"].masked_fill(is_masked, 1)
+            made.append((samples.index(rows[0]), batch))
+            return batch
+
+        model = make_model(name).double()
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(name)))
+        found = compute(model, Calibration(samples, collate, None, batch_size), pool)
+        positions, batches = zip(*sorted(made, key=itemgetter(0)), strict=True)
+        assert positions == tuple(range(12))
+        check(found, expected_of(model, batches, pool))
+
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_the_kind_of_attention_does_not_matter(self, name, attention):
         model = make_model(name).double()
@@ -486,6 +509,13 @@ class First(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.module(x.transpose(0, 1)).tanh().transpose(0, 1)
+
+
+class Centred(nn.Module):
+    """Mixes the samples of a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) / 2
 
 
 class Recurrent(nn.Module):
@@ -725,6 +755,18 @@ class TestModules:
         model = net(linear(), table)
         check_model(model, token_samples(), cross_entropy, {"embedding.weight"})
 
+    @pytest.mark.parametrize("body", ["lstm", "convolution"])
+    def test_recurrent_layers_do_without_cudnn(self, body):
+        """There, they have a backward pass in training mode only."""
+        model, seen = net(BODIES[body][0]()), []
+        before = torch.backends.cudnn.enabled
+        model.register_forward_hook(
+            lambda *_: seen.append(torch.backends.cudnn.enabled)
+        )
+        check_model(model, token_samples(), cross_entropy)
+        assert set(seen) == {before, before and body != "lstm"}
+        assert torch.backends.cudnn.enabled == before
+
     def test_several_rows_of_a_sample_stay_together(self):
         """As in multiple choice: the choices of all samples are one batch."""
 
@@ -762,10 +804,6 @@ class TestModules:
             check_model(model, token_samples(), cross_entropy)
 
     def test_the_mean_of_the_batch_in_the_features_is_found_out(self):
-        class Centred(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x - x.mean(0) / 2
-
         model = net(nn.Sequential(linear(), Centred()))
         everything = {name for name, _ in model.named_parameters()}
         check_model(model, token_samples(), cross_entropy, everything)
@@ -866,9 +904,9 @@ class TestModules:
         sizes = []
         compare = trial.Trial._compare
 
-        def noting(self: Any, pair: Any, padded: bool) -> Any:
+        def noting(self: Any, pair: Any, *args: Any) -> Any:
             sizes.append(len(pair))
-            return compare(self, pair, padded)
+            return compare(self, pair, *args)
 
         monkeypatch.setattr(trial.Trial, "_compare", noting)
         model = make_model("bert").double()
@@ -1102,11 +1140,7 @@ class TestLosses:
     @pytest.mark.parametrize("counts", [(1, 2, 4, 3, 4), (2, 2, 4, 1, 3)])
     def test_a_mean_over_labelled_tokens_is_exact(self, counts, loss):
         """Also where the two samples that are tried have equally many labels."""
-        samples = token_samples((4,) * len(counts))
-        for sample, count in zip(samples, counts, strict=True):
-            labels = sample["input_ids"] % CLASSES
-            labels[0, count:] = -100
-            sample["labels"] = labels
+        samples = labelled_tokens(counts)
         model = Tagger().double()
         everything = {name for name, _ in model.named_parameters()}
         alone = everything if loss == "mean by hand" else set()
@@ -1118,18 +1152,51 @@ class TestLosses:
     )
     def test_a_mean_over_tokens_that_are_picked_is_exact(self, counts, batch_size):
         """Their number may be a multiple of that of the samples, by chance."""
+        samples = labelled_tokens(counts)
+        check_model(Tagger().double(), samples, picked_mean, batch_size=batch_size)
 
+    @pytest.mark.parametrize("batch_size", [1, 2, None])
+    @pytest.mark.parametrize(
+        "counts", [(0, 2, 4, 3, 0), (2, 0, 0, 0, 4), (4, 3, 0, 1, 2)]
+    )
+    @pytest.mark.parametrize("loss", ["own", "mean", "picked"])
+    def test_a_sample_without_labels_counts_as_zero(self, loss, counts, batch_size):
+        samples = labelled_tokens(counts)
+        model = Tagger().double()
+        pool = find_candidates(model, IRDConfig(density=0.1))
+        expected = expected_of(model, samples, pool, mean_or_zero)
+        calibration = Calibration(samples, None, TOKEN_LOSSES[loss], batch_size)
+        is_exact = loss != "picked" or batch_size == 1
+        check(compute(model, calibration, pool), expected, set() if is_exact else None)
+
+    def test_samples_without_labels_are_not_tried(self):
+        """Zero is their gradient in any batch."""
+        samples = labelled_tokens((0, 2, 4, 0), lengths=(3, 4, 4, 5))
+        model = Tagger()
+        model.linear = nn.Sequential(linear(), Centred())
+        pool = find_candidates(model.double(), IRDConfig(density=0.1))
+        expected = expected_of(model, samples, pool, mean_or_zero)
+        found = compute(model, Calibration(samples, batch_size=2), pool)
+        check(found, expected, set(names_of(pool)))
+
+    def test_a_mean_of_one_number_is_exact_in_batches_of_one(self):
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            is_picked = batch["labels"] != -100
-            logits = model(**batch).logits[is_picked]
-            return F.cross_entropy(logits, batch["labels"][is_picked])
+            logits = model(batch["input_ids"])
+            return F.mse_loss(logits.sum(), targets_of(logits, batch).sum())
 
-        samples = token_samples((4,) * len(counts))
-        for sample, count in zip(samples, counts, strict=True):
-            labels = sample["input_ids"] % CLASSES
-            labels[0, count:] = -100
-            sample["labels"] = labels
-        check_model(Tagger().double(), samples, loss, batch_size=batch_size)
+        check_model(net(linear()), token_samples(), loss, set(), batch_size=1)
+
+
+def labelled_tokens(
+    counts: Sequence[int], lengths: Sequence[int] | None = None
+) -> list[dict[str, Tensor]]:
+    """Samples of which so many tokens have a label; of four tokens by default."""
+    samples = token_samples(lengths or (4,) * len(counts))
+    for sample, count in zip(samples, counts, strict=True):
+        labels = sample["input_ids"] % CLASSES
+        labels[0, count:] = -100
+        sample["labels"] = labels
+    return samples
 
 
 class Tagger(nn.Module):
@@ -1141,7 +1208,7 @@ class Tagger(nn.Module):
         self.linear = linear()
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> SimpleNamespace:
         logits = self.head(self.linear(self.embedding(input_ids)).tanh())
         loss = F.cross_entropy(logits.view(-1, CLASSES), labels.view(-1))
         return SimpleNamespace(loss=loss, logits=logits)
@@ -1158,6 +1225,17 @@ def token_mean(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (losses * counts).sum() / counts.sum()
 
 
+def mean_or_zero(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    losses, counts = by_token(model, batch)
+    return (losses * counts).sum() / max(1, int(counts.sum()))
+
+
+def picked_mean(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    is_picked = batch["labels"] != -100
+    logits = model(**batch).logits[is_picked]
+    return F.cross_entropy(logits, batch["labels"][is_picked])
+
+
 def sample_means(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     losses, counts = by_token(model, batch)
     return (losses * counts).sum(1) / counts.sum(1)
@@ -1168,7 +1246,53 @@ TOKEN_LOSSES: dict[str, Loss | None] = {
     "mean": lambda m, b: F.cross_entropy(m(**b).logits.transpose(1, 2), b["labels"]),
     "mean by hand": token_mean,
     "one per sample": sample_means,
+    "picked": picked_mean,
 }
+
+
+class Detector(nn.Module):
+    """Takes a dictionary for each sample, with as many classes as there are things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net(linear())
+        self.config = SimpleNamespace(num_labels=CLASSES)
+
+    def forward(self, input_ids: Tensor, labels: list[dict[str, Any]]) -> Any:
+        logits = self.net(input_ids)
+        losses = [
+            F.cross_entropy(row.expand(len(label["classes"]), -1), label["classes"])
+            for row, label in zip(logits, labels, strict=True)
+        ]
+        return SimpleNamespace(loss=torch.stack(losses).sum())
+
+
+@pytest.mark.parametrize("form", ["collated", "rows", "loader"])
+def test_dictionaries_in_a_batch_stay_as_they_are(form):
+    samples = token_samples(labels=[0] * 7)
+    for n, sample in enumerate(samples):
+        # Printed, most of it is left out, and the samples look alike.
+        classes = torch.zeros(2000, dtype=torch.long)
+        classes[9 : 200 * n] = 1
+        sample["labels"] = [{"name": "a picture", "classes": classes}]
+    data = {
+        "collated": Calibration([[s] for s in samples], lambda rows: rows[0][0]),
+        "rows": [
+            {"input_ids": s["input_ids"][0], "labels": s["labels"][0]} for s in samples
+        ],
+        "loader": DataLoader(samples, 3, collate_fn=joined_samples),
+    }
+    model = Detector().double()
+    pool = find_candidates(model, IRDConfig(density=0.1))
+    found = compute(model, Calibration.of(data[form]), pool)
+    check(found, expected_of(model, samples, pool), set())
+
+
+def joined_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "input_ids": torch.cat([sample["input_ids"] for sample in samples]),
+        "labels": [label for sample in samples for label in sample["labels"]],
+    }
 
 
 class Pooled(nn.Module):

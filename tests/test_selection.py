@@ -15,6 +15,8 @@ from transformers import (
     BartConfig,
     BartForSequenceClassification,
     BertForMultipleChoice,
+    PatchTSTConfig,
+    PatchTSTForRegression,
 )
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
@@ -441,7 +443,7 @@ def test_every_form_of_data_gives_the_same_selection():
     assert all(each == expected for each in found.values()), found
 
 
-@pytest.mark.parametrize("form", ["lists", "tensors and collate_fn"])
+@pytest.mark.parametrize("form", ["lists", "tensors", "tensors and collate_fn"])
 def test_one_of_several_choices(form):
     """A sample has as many rows as there are choices, and more of those than labels."""
     torch.manual_seed(0)
@@ -451,9 +453,11 @@ def test_one_of_several_choices(form):
     for i in range(3):
         batch = collate(rows[4 * i : 4 * i + 4])
         samples.append({**batch, "labels": torch.tensor(3 - i)})
-    data = [{k: v.tolist() for k, v in s.items()} for s in samples]
-    if form != "lists":
-        data = Calibration(samples, default_collate)
+    data = {
+        "lists": [{k: v.tolist() for k, v in s.items()} for s in samples],
+        "tensors": samples,
+        "tensors and collate_fn": Calibration(samples, default_collate),
+    }[form]
     settings = IRDConfig(budget=40, method="fish", modules_to_save=["classifier"])
     selection = select_parameters(model, settings, data)
     batches = [{k: v[None] for k, v in s.items()} for s in samples]
@@ -464,6 +468,50 @@ def test_one_of_several_choices(form):
     if data:
         with pytest.raises(ValueError, match=r"must lie in \[0, 4\)"):
             select_parameters(model, settings, data)
+
+
+def test_labels_may_have_another_name():
+    torch.manual_seed(0)
+    settings = PatchTSTConfig(
+        num_input_channels=2, context_length=16, patch_length=4, patch_stride=4,
+        d_model=8, num_attention_heads=2, num_hidden_layers=1, ffn_dim=8,
+        num_targets=1, loss="mse",
+    )  # fmt: skip
+    model = PatchTSTForRegression(settings).double().eval()
+    data = [
+        {"past_values": torch.randn(16, 2).double(), "target_values": torch.randn(1)}
+        for _ in range(6)
+    ]
+    selection = select_parameters(model, IRDConfig(budget=40, method="fish"), data)
+    batches = [{k: v[None] for k, v in s.items()} for s in data]
+    gradients = oracles.sample_gradients(model, batches, candidate_names(model))
+    expected = oracles.best(gradients.square().mean(0).tolist(), 40)
+    assert flat(selection, model) == expected
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("kind", ["bert", "bert-questions"])
+def test_a_model_that_returns_tuples_gives_the_same_selection(kind, fisher):
+    model, data = make_model(kind), make_samples(kind)
+    settings = config(kind, density=0.02, num_samples=12, fisher=fisher)
+    expected = select_parameters(model, settings, data)
+    model.config.return_dict = False
+    found = select_parameters(model, settings, data)
+    assert flat(found, model) == flat(expected, model)
+    assert isinstance(model(**as_batch(data[0])), tuple)
+
+
+def test_samples_without_a_label_are_named_in_one_warning():
+    """Of the second, only the first token has one, which nothing predicts."""
+    model, data = make_model("gpt2"), make_samples("gpt2")
+    data[3]["labels"] = [-100] * len(data[3]["labels"])
+    data[7]["labels"][1:] = [-100] * (len(data[7]["labels"]) - 1)
+    settings = config("gpt2", density=0.01, num_samples=12, initial_density=0.1)
+    message = "2 of 12 calibration samples have no label that counts, as sample 3"
+    with pytest.warns(UserWarning, match=message) as warned:
+        selection = select_parameters(model, settings, data)
+    assert len(warned) == 1
+    assert not {3, 7} & set(selection.samples)
 
 
 def test_labels_of_several_streams_of_tokens_are_tokens():
@@ -542,7 +590,8 @@ def test_randomness_of_the_data_comes_from_the_seed(kind):
 
 
 def test_a_custom_loss_on_tuples():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    # With two classes, rows of the last layer would have equal squares.
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
 
     def loss(model, batch):

@@ -155,26 +155,31 @@ def _collate(samples: list[Any]) -> Any:
     (sample,) = samples
     if not isinstance(sample, Mapping):
         return default_collate(samples)
-    batch = {k: v[None] for k, v in _as_tensors(sample).items()}
+    fields = _as_tensors(sample)
+    batch = {k: v[None] if isinstance(v, Tensor) else [v] for k, v in fields.items()}
     for name in ("label", "label_ids"):
         if name in batch:
             batch["labels"] = batch.pop(name)
     return batch
 
 
-def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Turn numbers and lists into tensors; text and missing fields are left out."""
-    return {
-        name: torch.as_tensor(value)
-        for name, value in batch.items()
-        if value is not None and not _is_text(value)
-    }
+def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn numbers and lists of them into tensors; leave out text and what is None."""
+    found = {}
+    for name, value in batch.items():
+        inner = _innermost(value)
+        if inner is None or isinstance(inner, str):
+            continue
+        is_list_of_tensors = isinstance(inner, Tensor) and inner is not value
+        is_kept = isinstance(inner, Mapping) or (is_list_of_tensors and inner.ndim > 0)
+        found[name] = value if is_kept else torch.as_tensor(value)
+    return found
 
 
-def _is_text(value: Any) -> bool:
+def _innermost(value: Any) -> Any:
     while isinstance(value, list | tuple) and value:
         value = value[0]
-    return isinstance(value, str)
+    return value
 
 
 def _is_sequence(data: Any) -> bool:
@@ -198,22 +203,33 @@ def _by_row(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _has_batch_dimension(row: Any) -> bool:
-    ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    return isinstance(ids, Tensor) and ids.ndim > 1
+    """Return whether a row is a batch: its ids have a dimension more than a sample's.
+
+    Ids of a sample have two if they are of several choices; its label is a number then.
+    """
+    if not isinstance(row, Mapping):
+        return False
+    labels = [row[name] for name in _LABELS if row.get(name) is not None]
+    is_one = any(not isinstance(v, list) and getattr(v, "ndim", 0) == 0 for v in labels)
+    ids = row.get("input_ids")
+    return isinstance(ids, Tensor) and ids.ndim > 1 and not is_one
 
 
 def _unbatch(batch: Any) -> list[Any]:
     """Cut a batch into batches of one; what has no row per sample stays whole."""
     if isinstance(batch, Mapping):
         batch = _as_tensors(batch)
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     named = batch if isinstance(batch, dict) else {}
+    leaves = [v for v in named.values() or tree_leaves(batch) if isinstance(v, Tensor)]
     size = named.get("input_ids", leaves[0]).shape[0]
 
     def pick(i: int) -> Any:
-        def row(t: Tensor) -> Tensor:
-            return t[i : i + 1] if t.ndim and t.shape[0] == size else t
+        def row(value: Any) -> Any:
+            has_rows = isinstance(value, list) or getattr(value, "ndim", 0) > 0
+            return value[i : i + 1] if has_rows and len(value) == size else value
 
+        if named:
+            return {name: row(value) for name, value in named.items()}
         return tree_map_only(Tensor, row, batch)
 
     return [pick(i) for i in range(size)]

@@ -281,6 +281,10 @@ class FisherEstimator:
                 known[position] = self._engine.singles.gradients(position, [0])[0]
         return torch.tensor([known[s] for s in samples], dtype=torch.float64)
 
+    def unlabelled(self) -> set[int]:
+        """Return the samples of passes so far that have a loss over no label."""
+        return set().union(*self._ranks.gather(self._engine.singles.unlabelled))
+
     def lengths(self, samples: Sequence[int]) -> Tensor:
         """Return the tokens of each sample, one for samples without tokens.
 

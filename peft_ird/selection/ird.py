@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -79,7 +80,19 @@ def walk(
             rate = settings.head_warmup_learning_rate
             stack.enter_context(estimator.head_warmed_up(head, samples, steps, rate))
         decrease = Decrease(estimator, settings, samples)
-        return Walk(pool, settings, list(decrease.steps(cells, k)))
+        found = Walk(pool, settings, list(decrease.steps(cells, k)))
+        _warn_of_unlabelled(samples, estimator.unlabelled().intersection(samples))
+        return found
+
+
+def _warn_of_unlabelled(samples: Sequence[int], unlabelled: set[int]) -> None:
+    if unlabelled and Ranks().rank == 0:
+        warnings.warn(
+            f"{len(unlabelled)} of {len(samples)} calibration samples have no label "
+            f"that counts, as sample {min(unlabelled)}. They count as gradients of "
+            "zero; in training they add nothing either.",
+            stacklevel=5,
+        )
 
 
 def _facts(

@@ -1,5 +1,6 @@
 """Labels: checked against the model, or drawn from it for the true Fisher."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,20 +27,19 @@ def check_labels(batch: Any, model: nn.Module, position: int) -> None:
         position: The sample's position, for the message.
 
     Raises:
-        ValueError: If the labels are missing or out of range.
+        ValueError: If labels that the model takes are missing, or out of range.
     """
     config = getattr(model, "config", None)
     if not isinstance(batch, Mapping) or not hasattr(config, "num_labels"):
         return
-    is_question = "start_positions" in batch and "end_positions" in batch
     labels = batch.get("labels")
-    if labels is None and not is_question:
+    if labels is None and "labels" in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"Calibration sample {position} has no `labels`; its fields are "
             f"{', '.join(map(str, batch))}. The default loss needs them; or pass "
             "Calibration(..., loss=...)."
         )
-    if labels is None or labels.is_floating_point():
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
         return
     count = _num_classes(model, batch)
     bad = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= count))]

@@ -70,7 +70,8 @@ def _is_ragged(name: str, value: Any) -> bool:
 def _form(value: Any, ragged: bool = False) -> Any:
     """Return dtype and shape; what has no row of its own must be the same object."""
     if not isinstance(value, Tensor):
-        return repr(value)
+        plain = (isinstance(v, str | int | float | None) for v in tree_leaves(value))
+        return repr(value) if all(plain) else id(value)
     if value.ndim == 0 or value.shape[0] != 1:
         return id(value)
     shape: tuple[int | None, ...] = tuple(value.shape)

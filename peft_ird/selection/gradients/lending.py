@@ -1,7 +1,7 @@
 """A model, lent for gradients and given back as it was."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,26 +11,35 @@ from peft_ird.selection.randomness import seeded_devices
 
 __all__ = ["borrowed", "requiring_grad"]
 
+_OPTIONS = ("problem_type", "return_dict")  # of a configuration
+
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
     """Lend a model for the gradients of its parameters; it comes back as it was.
 
-    Inside, the model is in eval mode and every parameter is frozen. Modes,
-    ``requires_grad``, ``grad``, the random state and buffers that a forward replaces
-    (as some rotary embeddings do at another length) are restored, also on errors.
+    Inside, the model is in eval mode, every parameter is frozen and outputs have names.
+    Modes, ``requires_grad``, ``grad``, the random state and buffers that a forward
+    replaces (as some rotary embeddings do at another length) are restored, also on
+    errors.
 
     Args:
         model: The model.
     """
     config: Any = getattr(model, "config", None)
-    problem_type = getattr(config, "problem_type", None)  # set by the first forward
+    # The first forward sets one of them; without the other, outputs are tuples.
+    options = {n: getattr(config, n) for n in _OPTIONS if hasattr(config, n)}
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     states = [(m, dict(m._buffers), _numbers(m)) for m in model.modules() if m._buffers]
-    with torch.random.fork_rng(seeded_devices()), torch.enable_grad():
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    # cuDNN's recurrent layers have no backward pass in eval mode.
+    cudnn = torch.backends.cudnn.flags(enabled=False) if is_recurrent else nullcontext()
+    with torch.random.fork_rng(seeded_devices()), torch.enable_grad(), cudnn:
         try:
             model.eval()
+            if "return_dict" in options:
+                config.return_dict = True
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             yield
@@ -42,8 +51,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
             for module, buffers, numbers in states:
                 module._buffers.update(buffers)
                 module.__dict__.update(numbers)
-            if hasattr(config, "problem_type"):
-                config.problem_type = problem_type
+            for name, value in options.items():
+                setattr(config, name, value)
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

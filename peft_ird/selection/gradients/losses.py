@@ -1,6 +1,7 @@
 """Means over a batch that a loss takes, replaced by the sum of the samples' own means.
 
-So each sample counts as it would alone, whatever the number of its tokens.
+So each sample counts as it would alone, whatever the number of its tokens. One without
+any label counts as zero, as in the mean over a batch that others have labels in.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,16 +22,14 @@ def _mean_loss(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     given = bind(func, args, kwargs)
     source, target = given["input"], given["target"]
     is_mean = given["reduction"] == "mean" and given["size_average"] is None
-    if recorder.size == 1 or not is_mean or given["reduce"] is not None:
+    if not is_mean or given["reduce"] is not None:
         return NotImplemented
     if not (recorder.splits(source) and recorder.splits(target)):
-        recorder.mixes_losses = True
+        recorder.mixes_losses |= recorder.size > 1
         return NotImplemented
     losses = _row_means(recorder, func, given)
     if losses is None:
-        rest = {k: v for k, v in given.items() if k not in {"input", "target"}}
-        pieces = [t.split(t.shape[0] // recorder.size) for t in (source, target)]
-        losses = torch.stack([func(x, y, **rest) for x, y in zip(*pieces, strict=True)])
+        losses = _piece_means(recorder, func, given)
     recorder.losses.append(losses.detach())
     return losses.sum()
 
@@ -46,6 +45,22 @@ def _row_means(
         return None
     losses: Tensor = func(**{**given, "reduction": "none"})
     return losses.reshape(recorder.size, -1).mean(1)
+
+
+def _piece_means(recorder: Recorder, func: Any, given: Mapping[str, Any]) -> Tensor:
+    """Return the samples' losses, each a mean of its own; over no label it is zero."""
+    pair = given["input"], given["target"]
+    sources, targets = (t.split(t.shape[0] // recorder.size) for t in pair)
+    ignored = given.get("ignore_index", torch.nan)  # no label is equal to NaN
+    is_labelled = torch.stack([target.ne(ignored).any() for target in targets]).tolist()
+    recorder.unlabelled.update(n for n, is_so in enumerate(is_labelled) if not is_so)
+    return torch.stack(
+        [
+            func(**{**given, "input": x, "target": y,
+                    "reduction": "mean" if is_so else "sum"})
+            for x, y, is_so in zip(sources, targets, is_labelled, strict=True)
+        ]
+    )  # fmt: skip
 
 
 LOSSES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = dict.fromkeys(

@@ -47,6 +47,7 @@ class Recorder:
         self.picked = Picked(size)
         self.refused: set[int] = set()  # used in a way that hands nothing out
         self.mixes_losses = False  # whether a mean had no rows of each sample
+        self.unlabelled: set[int] = set()  # samples with a mean over no label
         self.losses: list[Tensor] = []  # ``[n]`` for each mean that was replaced
         self._numbers = {id(p): i for i, p in parameters.items()}
         self._observe = observe

@@ -9,7 +9,9 @@ from torch.utils._pytree import tree_map_only
 
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.gradients.batching import Sample, cut
+from peft_ird.selection.gradients.capture import Capture
 from peft_ird.selection.gradients.lending import requiring_grad
+from peft_ird.selection.gradients.recorder import Recorder
 from peft_ird.selection.pool import Pool
 from peft_ird.selection.randomness import own_randomness
 from peft_ird.selection.sampling import check_labels, with_sampled_labels
@@ -28,6 +30,9 @@ class Singles:
         calibration: The samples.
         fisher_type: ``"empirical"`` or ``"sampled"`` labels.
         seed: Seed of the sampled labels; a sample's labels do not depend on the order.
+
+    Attributes:
+        unlabelled: Positions of samples found to have a loss over no label at all.
     """
 
     def __init__(
@@ -46,7 +51,8 @@ class Singles:
         self.scale = (
             1.0  # of the loss, so that low-precision gradients do not underflow
         )
-        self._samples: dict[tuple[int, bool], Sample] = {}
+        self.unlabelled: set[int] = set()
+        self._remembered: dict[int, object] = {}
 
     def sample(self, position: int, is_cut: bool) -> Sample:
         """Return a sample for a batch, its labels checked or drawn.
@@ -58,16 +64,19 @@ class Singles:
         Raises:
             ValueError: If its labels are missing or out of range.
         """
-        key = (position, is_cut)
-        if key in self._samples:
-            return self._samples[key]
         inputs = self._inputs(position)
-        sample = Sample(position, cut(inputs) if is_cut else inputs)
-        if len(self._samples) < _REMEMBERED:
-            self._samples[key] = sample
-        return sample
+        return Sample(position, cut(inputs) if is_cut else inputs)
 
     def _inputs(self, position: int) -> object:
+        """Return a sample, the same each time, though a collator draws anew."""
+        if position in self._remembered:
+            return self._remembered[position]
+        inputs = self._collated(position)
+        if len(self._remembered) < _REMEMBERED:
+            self._remembered[position] = inputs
+        return inputs
+
+    def _collated(self, position: int) -> object:
         seed = hash((self.seed, position)) & (2**63 - 1)
         with own_randomness(seed):  # a collator's masks do not depend on the order
             inputs = self.calibration.batch(position, self.model)
@@ -104,9 +113,7 @@ class Singles:
             if not loss.requires_grad:
                 return loss.item(), {}
             scaled = loss if self.scale == 1.0 else loss.float() * self.scale
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                scaled, parameters, allow_unused=True
-            )
+            found = _differentiated(scaled, parameters)
         gradients = {}
         for i, gradient in zip(parts, found, strict=True):
             if gradient is None:
@@ -134,12 +141,34 @@ class Singles:
     def _loss(self, position: int) -> Tensor:
         inputs = self._moved(self._inputs(position))
         loss = torch.as_tensor(self.calibration.batch_loss(self.model, inputs))
+        if bool(loss.isnan().any()):
+            # It may be a mean over no label; a capture has that be zero.
+            recorder = Recorder({}, 1, (), self.pool.device, lambda *_: None)
+            with Capture(recorder):
+                loss = torch.as_tensor(self.calibration.batch_loss(self.model, inputs))
+            if recorder.unlabelled:
+                self.unlabelled.add(position)
         if loss.numel() != 1 or not math.isfinite(loss.item()):
             raise ValueError(
                 f"The loss of calibration sample {position} must be one finite number, "
                 f"got {loss.tolist()}. Look at that sample and its labels."
             )
         return loss.reshape(())
+
+
+def _differentiated(
+    loss: Tensor, parameters: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except (AssertionError, RuntimeError) as problem:
+        if "training mode" not in str(problem):
+            raise
+        raise ValueError(
+            f"{problem} Gradients are taken in eval mode, without dropout, and this "
+            "model has no backward pass in it. Choose a method that needs none: "
+            "'magnitude', 'random' or 'bias'."
+        ) from problem
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -77,6 +77,8 @@ class Together:
                 raise FloatingPointError("the loss is not finite")
             if parts and loss.requires_grad:
                 capture.backward(loss)
+        unlabelled = (batch[n].position for n in recorder.unlabelled)
+        self.singles.unlabelled.update(unlabelled)
         misfits = set(parts) if recorder.mixes_losses else recorder.refused
         return Passed(loss, losses, frozenset(misfits))
 

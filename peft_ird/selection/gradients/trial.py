@@ -98,20 +98,35 @@ class Trial:
 
         Raises:
             ValueError: If a sample of the pair has a loss or gradient that is not
-                finite, or labels out of range.
+                finite, or labels out of range, or if no sample has a label.
         """
         best: Outcome | None = None
         for padded in (True, False):
-            pair = self._pair(samples, padded)
+            pair, losses, norms = self._labelled_pair(samples, padded)
             if not pair:
                 continue
-            found = self._compare(pair, padded)
+            found = self._compare(pair, padded, losses, norms)
             if best is None or len(found.alone) < len(best.alone):
                 best = found
             if len(best.alone) <= len(self._parts) // 4:
                 break
-        assert best is not None
+        if best is None:
+            raise ValueError(
+                f"None of the {len(samples)} calibration samples has a label that "
+                "counts: all are the ignored index. Check `labels` and the collate_fn."
+            )
         return best
+
+    def _labelled_pair(
+        self, samples: Sequence[int], padded: bool
+    ) -> tuple[list[Sample], Tensor, Tensor]:
+        """Return a pair, its losses and its norms; gradients of zero tell nothing."""
+        unlabelled = self._together.singles.unlabelled
+        while True:
+            pair = self._pair([s for s in samples if s not in unlabelled], padded)
+            losses, norms = self._alone(pair)
+            if unlabelled.isdisjoint(sample.position for sample in pair):
+                return pair, losses, norms
 
     def _pair(self, samples: Sequence[int], padded: bool) -> list[Sample]:
         """Return samples that may share a batch, of different lengths if padded.
@@ -133,8 +148,9 @@ class Trial:
     def _loaded(self, samples: Sequence[int], padded: bool) -> list[Sample]:
         return [self._together.singles.sample(s, padded) for s in samples]
 
-    def _compare(self, pair: Sequence[Sample], padded: bool) -> Outcome:
-        losses, expected = self._alone(pair)
+    def _compare(
+        self, pair: Sequence[Sample], padded: bool, losses: Tensor, expected: Tensor
+    ) -> Outcome:
         try:
             return self._batched(pair, padded, losses, expected)
         except torch.OutOfMemoryError as problem:
