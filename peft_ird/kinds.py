@@ -202,6 +202,8 @@ def wrap(module: nn.Module) -> IRDLayer:
     base = module
     while isinstance(base, BaseTunerLayer):
         base = base.base_layer
+    if "weight" not in base._parameters:  # but made of others, as by weight_norm
+        return IRDLayer(module)
     for known, kind in _KINDS:
         if isinstance(base, known) and type(base).forward is known.forward:
             return kind(module)

@@ -1,6 +1,5 @@
 """Calling a module with other parameters than its own."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -72,7 +71,7 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.M
         module: A module, or a tuner layer around one.
         parameters: Tensors to compute with, by parameter name.
     """
-    clone = copy.copy(module)
+    clone = _copied(module)
     if isinstance(module, BaseTunerLayer):
         inner = with_parameters(module.base_layer, parameters)
         clone._modules = {**module._modules, "base_layer": inner}
@@ -90,10 +89,17 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
         module: A module, or a tuner layer around one, which then computes with it.
         forward: What the module, or the innermost one, does instead.
     """
-    clone = copy.copy(module)
+    clone = _copied(module)
     if isinstance(module, BaseTunerLayer):
         inner = with_forward(module.base_layer, forward)
         clone._modules = {**module._modules, "base_layer": inner}
     else:
         clone.forward = forward
+    return clone
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Copy as torch's replicas are: modules with parametrisations refuse `copy`."""
+    clone: nn.Module = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
     return clone

@@ -9,13 +9,16 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import get_peft_model
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.testing import assert_close
+from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
-from peft_ird.layer import IRDLayer
+from peft_ird.layer import IRDLayer, layers_of
 from tests import oracles
 from tests.oracles import TOL
 
@@ -316,6 +319,79 @@ def test_multi_head_attention_uses_deltas_of_its_output_projection():
     merged = model.merge_and_unload()
     assert not any(isinstance(m, IRDLayer) for m in merged.modules())
     assert_close(merged(x, x, x)[0], expected, **TOL[torch.float64])
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+def pruned():
+    return prune.random_unstructured(nn.Linear(4, 3), "weight", 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: weight_norm(nn.Linear(4, 3)), (5, 4)),
+        (lambda: spectral_norm(nn.Linear(4, 3)), (5, 4)),
+        (lambda: weight_norm(nn.Conv1d(2, 4, 3, groups=2)), (2, 2, 6)),
+        (lambda: weight_norm(nn.Embedding(7, 4)), None),
+        (pruned, (5, 4)),
+    ],
+)
+def test_a_weight_that_is_made_of_others_has_their_deltas(make, shape, dtype):
+    base, inner = (seeded(make).to(dtype).eval() for _ in range(2))
+    (x,) = tokens() if shape is None else (torch.randn(shape, dtype=dtype),)
+    config = IRDConfig(
+        target_modules=".*", density=1.0, method="random", init_weights=False
+    )
+    model = get_peft_model(Holder(inner), config, autocast_adapter_dtype=False)
+    oracle = Holder(base)
+    for path, layer in layers_of(model).items():
+        for name, delta in dense_deltas(layer).items():
+            oracle.get_submodule(path).get_parameter(name).data += delta
+    expected, output = oracle(x), model(x)
+    assert_close(output, expected, **TOL[dtype])
+    upstream = torch.randn_like(output)
+    output.backward(upstream)
+    expected.backward(upstream)
+    for path, layer in layers_of(model).items():
+        for name, values in layer.irdelta_values["default"].items():
+            dense_gradient = oracle.get_submodule(path).get_parameter(name).grad
+            at = dense_gradient.flatten()[layer.irdelta_indices["default"][name]]
+            assert_close(values.grad, at, **TOL[dtype])
+
+
+def test_wav2vec2_trains_merges_and_unloads():
+    """Its convolution of positions has a weight that is normalised."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 24, "conv_dim": (8, 8), "conv_stride": (4, 4)}
+    sizes |= {"conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**sizes))
+    model = model.double().eval()
+    base, oracle = copy.deepcopy(model), copy.deepcopy(model)
+    config = IRDConfig(density=0.05, method="random", init_weights=False)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    for path, layer in layers_of(model).items():
+        for name, delta in dense_deltas(layer).items():
+            oracle.get_submodule(path).get_parameter(name).data += delta
+    x, labels = torch.randn(3, 400, dtype=torch.float64), torch.tensor([0, 1, 1])
+    found, expected = (each(x, labels=labels) for each in (model, oracle))
+    assert_close(found.logits, expected.logits, **TOL[torch.float64])
+    assert not torch.equal(found.logits, base(x).logits)
+    found.loss.backward()
+    expected.loss.backward()
+    conv = layers_of(model)["wav2vec2.encoder.pos_conv_embed.conv"]
+    bias = oracle.wav2vec2.encoder.pos_conv_embed.conv.bias
+    at = bias.grad[conv.irdelta_indices["default"]["bias"]]
+    assert_close(conv.irdelta_values["default"]["bias"].grad, at, **TOL[torch.float64])
+    assert torch.equal(copy.deepcopy(model).unload()(x).logits, base(x).logits)
+    merged = model.merge_and_unload()(x).logits
+    assert_close(merged, expected.logits, **TOL[torch.float64])
 
 
 def test_a_copy_has_its_own_values():

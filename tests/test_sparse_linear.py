@@ -387,6 +387,32 @@ def test_several_adapters_add_up():
     assert_close(model(x), F.linear(x, weight, bias), **DOUBLE)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 5, 8)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Linear(8, 6), lambda: nn.Linear(8, 6, False), lambda: Conv1D(6, 8)],
+)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_an_output_may_be_written_to(make, shape, way, is_compiled):
+    torch.manual_seed(0)
+    model = adapted(make().double())
+    x = torch.randn(shape, dtype=torch.float64)
+    values = [*model.base_model.model[0].irdelta_values["default"].values()]
+
+    def written(x):
+        return model(x).relu_()
+
+    if is_compiled:
+        torch.compiler.reset()
+        written = torch.compile(written, backend="eager", fullgraph=True)
+    with forced(way=way):
+        expected = torch.autograd.grad(model(x).relu().sin().sum(), values)
+        found = torch.autograd.grad(written(x).sin().sum(), values)
+    assert_close(found, expected, **DOUBLE)
+
+
 def test_backward_stops_below_the_lowest_entry():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     config = IRDConfig(density=1.0, method="random", target_modules=["1"])

@@ -1,6 +1,7 @@
 """Operators: opaque to compilers, and plain functions where nobody compiles."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,9 +39,13 @@ class Operator:
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
         tags: Sequence[torch.Tag] = (),
     ) -> None:
-        self.compute = compute
+        @wraps(compute)
+        def fresh(*inputs: Any) -> Tensor:
+            return compute(*inputs).data  # autograd forbids to write to views
+
+        self.compute = fresh
         self._opaque = torch.library.custom_op(
-            f"peft_ird::{name}", compute, mutates_args=(), tags=tags
+            f"peft_ird::{name}", fresh, mutates_args=(), tags=tags
         )
         self._opaque.register_fake(fake)
         self._function: Any = None
@@ -49,7 +54,7 @@ class Operator:
         self._opaque.register_autograd(backward, setup_context=setup)
 
         def forward(ctx: Any, *inputs: Any) -> Tensor:
-            output = compute(*inputs)
+            output = fresh(*inputs)
             setup(ctx, inputs, output=output)
             return output
 
