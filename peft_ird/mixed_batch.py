@@ -9,15 +9,27 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-__all__ = ["BASE", "by_sample", "handed_out"]
+__all__ = ["BASE", "Handed", "by_sample", "handed_out"]
 
 BASE = "__base__"  # PEFT's name for no adapter
 _WRONG_LENGTH = (
     "Length of `adapter_names` should be the same as the number of inputs, but got {} "
     "and {} respectively."
 )
+_INDICES = (torch.int32, torch.int64)
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, Tensor)
+
+
+class Handed(list[str]):
+    """The adapter of each sample, as layers are given it.
+
+    Attributes:
+        inputs: The tensors that the model is called with.
+    """
+
+    inputs: Sequence[Tensor] = ()
 
 
 @contextmanager
@@ -40,18 +52,24 @@ def handed_out(
         return
     modules = [*tuner.model.modules()]
     _check(tuner, names, modules)
-    inside = _encoder_modules(tuner.model)
-    once, repeated = list(names), [n for n in names for _ in range(num_beams or 1)]
+    encoder = _encoder(tuner.model)
+    inside = set() if encoder is None else {*encoder.modules()}
+    once = Handed(names)
+    repeated = Handed(n for n in names for _ in range(num_beams or 1))
     with ExitStack() as hooks:
-        check = partial(_check_length, allowed=(len(once), len(repeated)))
-        handle = tuner.model.register_forward_pre_hook(check, with_kwargs=True)
-        hooks.callback(handle.remove)
+        begin = partial(_begin, handed=(once, repeated))
+        for model in {tuner.model, encoder or tuner.model}:
+            handle = model.register_forward_pre_hook(begin, with_kwargs=True)
+            hooks.callback(handle.remove)
         for module in modules:
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 given = once if module in inside else repeated
                 hook = partial(_with_names, names=given)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 hooks.callback(handle.remove)
+                if hasattr(type(module), "handed"):
+                    module.handed = given
+                    hooks.callback(delattr, module, "handed")
         yield
 
 
@@ -75,21 +93,26 @@ def _check(
         )
 
 
-def _check_length(
-    _: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], allowed: Sequence[int]
+def _begin(
+    _: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    handed: Sequence[Handed],
 ) -> None:
-    """Refuse a model's inputs that are of another number of samples."""
-    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-    for each in given:
-        if isinstance(each, Tensor) and each.ndim and len(each) not in allowed:
-            raise ValueError(_WRONG_LENGTH.format(allowed[0], len(each)))
+    """Take a look at a model's inputs; refuse those of another number of samples."""
+    for each in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+        if isinstance(each, Tensor) and each.ndim and len(each) not in map(len, handed):
+            raise ValueError(_WRONG_LENGTH.format(len(handed[0]), len(each)))
+    leaves = tree_leaves((args, dict(kwargs)))
+    for names in handed:
+        names.inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _encoder_modules(model: nn.Module) -> set[nn.Module]:
-    """Return the modules of an encoder beside a decoder."""
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """Return the encoder beside a decoder."""
     encoder: Any = getattr(model, "get_encoder", lambda: None)()
     is_part = isinstance(encoder, nn.Module) and encoder is not model
-    return {*encoder.modules()} if is_part else set()
+    return encoder if is_part else None
 
 
 def _with_names(
@@ -113,14 +136,14 @@ def by_sample(
         handed: What `handed_out` gave the module, and gives those inside of it: they
             see some of the samples only. As it was afterwards.
         args: What the module is called with. The first dimension of tensors is that of
-            the samples; if it is one, all samples share it.
+            the samples; if it is one, all samples share it. The same holds of outputs.
         kwargs: The same, by keyword.
 
     Returns:
         What ``run`` returns for all samples, in their order.
 
     Raises:
-        ValueError: If a tensor has another number of samples.
+        ValueError: If what the module takes or returns cannot be split by sample.
     """
     samples: dict[str, list[int]] = {}
     for i, name in enumerate(names):
@@ -128,22 +151,30 @@ def by_sample(
     if len(samples) == 1:
         tree_map_only(Tensor, partial(_check_size, of=len(names)), (args, dict(kwargs)))
         return run(names[0], *args, **kwargs)
+    for leaf in tree_leaves((args, dict(kwargs))):
+        _check_splits(leaf, len(names), getattr(handed, "inputs", ()))
 
     def part(rows: list[int], given: Any) -> Any:
-        return tree_map_only(Tensor, partial(_rows, rows=rows, of=len(names)), given)
+        return tree_map_only(Tensor, partial(_rows, rows=rows), given)
 
     outputs = []
     for name, rows in samples.items():
         with _narrowed(handed, rows):
             outputs.append(run(name, *part(rows, args), **part(rows, dict(kwargs))))
-    order = torch.tensor([i for rows in samples.values() for i in rows]).argsort()
+    return tree_map(partial(_together, [*samples.values()]), *outputs)
 
-    def together(*parts: Any) -> Any:
-        if not isinstance(parts[0], Tensor):
-            return parts[0]
-        return torch.cat(parts).index_select(0, order.to(parts[0].device))
 
-    return tree_map(together, *outputs)
+def _together(rows: Sequence[list[int]], *parts: Any) -> Any:
+    """Put what a module returns for some samples each into the order of all."""
+    first = parts[0]
+    if not isinstance(first, Tensor):
+        _check_splits(first, len(rows))
+        return first
+    for part, each in zip(parts, rows, strict=True):
+        _check_size(part, len(each), is_split=True)
+    order = torch.tensor([i for each in rows for i in each], device=first.device)
+    every = [_expanded(part, len(each)) for part, each in zip(parts, rows, strict=True)]
+    return torch.cat(every).index_select(0, order.argsort())
 
 
 @contextmanager
@@ -160,13 +191,44 @@ def _narrowed(names: Sequence[str], rows: list[int]) -> Iterator[None]:
         names[:] = whole
 
 
-def _rows(tensor: Tensor, rows: list[int], of: int) -> Tensor:
-    if tensor.ndim == 0:
-        return tensor
-    if len(tensor) == 1:
-        return tensor.expand(len(rows), *tensor.shape[1:])
-    _check_size(tensor, of, is_split=True)
+def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    if tensor.ndim == 0 or len(tensor) == 1:
+        return _expanded(tensor, len(rows))
     return tensor[torch.tensor(rows, device=tensor.device)]
+
+
+def _expanded(tensor: Tensor, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape[1:]) if tensor.ndim else tensor
+
+
+def _check_splits(given: Any, of: int, inputs: Sequence[Tensor] = ()) -> None:
+    """Refuse what has no row for each of the samples, or may have tokens in rows."""
+    if not isinstance(given, _PLAIN):
+        raise ValueError(
+            f"A {type(given).__name__} cannot be split by sample, so that the module "
+            "which takes it cannot mix adapters. Caches are left out by "
+            "`use_cache=False`."
+        )
+    if not isinstance(given, Tensor):
+        return
+    _check_size(given, of, is_split=True)
+    if given.dtype in _INDICES and given.ndim and _may_be_tokens(given, inputs):
+        raise ValueError(
+            f"Whether these {of} rows are samples or tokens, as many of both as there "
+            "are, cannot be told of indices that the model makes itself. Pad the "
+            "samples by a token, or leave these embeddings out of adapters that are "
+            "mixed."
+        )
+
+
+def _may_be_tokens(indices: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Return whether a table of positions, or of distances, may look like this."""
+    is_given = any(
+        each.numel() == indices.numel() and indices.flatten().equal(each.flatten())
+        for each in inputs
+    )
+    are_many = any(each.shape[1:2] == indices.shape[:1] for each in inputs)
+    return are_many and not is_given and bool((indices != indices[:1]).any())
 
 
 def _check_size(tensor: Tensor, of: int, is_split: bool = False) -> None:

@@ -22,6 +22,7 @@ class Reading(nn.Module):
     """
 
     get_base_layer: Any
+    handed: Sequence[str] | None = None  # the adapter of each sample of a batch
 
     def _base_parameter(self, name: str) -> Tensor:
         raise NotImplementedError
@@ -38,8 +39,11 @@ class Reading(nn.Module):
             name: The parameter.
         """
         weight = self._base_parameter(name)
-        deltas = self._deltas_in_force().get(name)
-        return add_deltas(weight, deltas) if deltas else weight
+        asked = [None] if self.handed is None else [[each] for each in {*self.handed}]
+        first, *others = [self._deltas_in_force(each).get(name) for each in asked]
+        if others and any([first, *others]):
+            return weight.to("meta")  # of another one for each sample, all but values
+        return add_deltas(weight, first) if first else weight
 
     @property
     def weight(self) -> Any:

@@ -7,6 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    MPNetConfig,
+    MPNetForMaskedLM,
+)
 
 from peft_ird import IRDConfig
 from tests.conftest import make_batch, make_model, task_type
@@ -55,6 +62,101 @@ def test_each_sample_gets_its_own_adapter(kind, target):
         assert_close(found, expected, **TOL[torch.float64])
         model.set_adapter("one")
         assert not torch.allclose(model(**batch).logits, expected)
+
+
+SIZES = {"vocab_size": 40, "max_position_embeddings": 32}
+TABLES = {
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, **SIZES)
+    ),
+    "mpnet": lambda: MPNetForMaskedLM(
+        MPNetConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **SIZES)
+    ),
+    "t5": lambda: make_model("t5"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_with_as_many_rows_as_samples_are_refused(kind):
+    """Positions of three tokens, or distances between them, are no three samples."""
+    torch.manual_seed(0)
+    options = {"method": "random", "density": 0.3, "init_weights": False}
+    model = get_peft_model(TABLES[kind](), IRDConfig(**options), "one").eval()
+    model.add_adapter("two", IRDConfig(seed=1, **options))
+    ids = torch.randint(3, 40, (3, 3))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind != "mpnet":
+        batch["decoder_input_ids"] = ids
+    message = "Whether these 3 rows are samples or tokens"
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(**batch, adapter_names=NAMES)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_there_may_be_as_many_tokens_as_samples(kind):
+    model = with_two(kind)
+    batch = {"input_ids": torch.randint(3, 40, (3, 3))}
+    with torch.no_grad():
+        expected = one_by_one(model, batch)
+        found = model(**batch, adapter_names=NAMES).logits
+    assert_close(found, expected, **TOL[torch.float64])
+
+
+class Table(nn.Module):
+    """Makes as many rows as one likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor, rows: int, **_: object) -> Tensor:
+        return self.weight.expand(rows, 4) + x.mean()
+
+
+@pytest.mark.parametrize(
+    ("rows", "other", "message"),
+    [
+        (2, None, "the same as the number of inputs, but got 1 and 2"),
+        (1, DynamicCache(), "A DynamicCache cannot be split by sample"),
+    ],
+)
+def test_what_cannot_be_split_by_sample_is_refused(rows, other, message):
+    options = {"method": "random", "density": 1.0, "target_modules": ["0"]}
+    model = get_peft_model(nn.Sequential(Table()), IRDConfig(**options), "one").eval()
+    layer = model.base_model.model[0]
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(2, 4), rows, other=other, adapter_names=["one", "__base__"])
+    assert len(layer(torch.zeros(2, 4), 1, adapter_names=["one", "__base__"])) == 2
+
+
+def test_a_parameter_that_others_read_is_not_that_of_the_active_adapter():
+    """Attention reads its output projection; the type of a weight may be asked for."""
+    options = {"method": "random", "density": 1.0, "init_weights": False}
+    options["target_modules"] = ["out_proj"]
+    base = Attentive()
+    model = get_peft_model(base, IRDConfig(**options), "one").eval()
+    model.add_adapter("two", IRDConfig(seed=1, **options))
+    x = torch.randn(3, 2, 4)
+    with torch.no_grad():
+        model.set_adapter("two")
+        expected = model(x)
+        model.set_adapter("one")
+        found = model(x, adapter_names=["two"] * 3)
+        with pytest.raises(RuntimeError, match="meta"):
+            model(x, adapter_names=NAMES)
+    assert torch.equal(found, expected)
+    assert base.attention.out_proj.weight.device.type == "cpu"
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.attention.out_proj.weight.dtype == torch.float32
+        return self.attention(x, x, x)[0]
 
 
 def test_a_batch_of_one_adapter_need_not_have_it_active():
