@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_ird import Calibration, IRDConfig, select_parameters
 from peft_ird.selection import fisher
+from peft_ird.selection.sampling import with_sampled_labels
 from tests import oracles
 from tests.conftest import as_batch, make_samples, task_type
 from tests.test_selection import candidate_names, config, flat, problem
@@ -172,6 +173,27 @@ def test_the_warm_up_trains_the_head_for_the_gradients_alone(loss):
     expected = oracles.best(warm.square().mean(0).tolist(), 60)
     assert flat(selection, model) == expected
     assert expected != oracles.best(cold.square().mean(0).tolist(), 60)
+
+
+def test_the_warm_up_learns_from_the_data_and_labels_are_drawn_after_it():
+    model, calibration, _ = problem("bert")
+    settings = config("bert", budget=60, method="fish", num_samples=12, seed=3,
+                      fisher="sampled", head_warmup_steps=7,
+                      head_warmup_learning_rate=0.3)  # fmt: skip
+    samples = make_samples("bert")
+    warm = warmed(model, samples, 7, 0.3)
+    drawn = [
+        with_sampled_labels(
+            as_batch(sample), warm,
+            torch.Generator().manual_seed(hash((3, n)) & (2**63 - 1)),
+        )
+        for n, sample in enumerate(samples)
+    ]  # fmt: skip
+    labels = [batch["labels"].item() for batch in drawn]
+    assert labels != [sample["labels"] for sample in samples]
+    gradients = oracles.sample_gradients(warm, drawn, candidate_names(model))
+    selection = select_parameters(model, settings, calibration)
+    assert flat(selection, model) == oracles.best(gradients.square().mean(0), 60)
 
 
 def test_the_warm_up_of_a_second_adapter_trains_the_models_own_head():

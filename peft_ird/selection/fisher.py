@@ -7,7 +7,7 @@ al., 2021, arXiv:2111.09839).
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -107,8 +107,11 @@ class FisherEstimator:
         Raises:
             ValueError: If there is no head.
         """
-        self._engine.prepare(samples)
-        with warmed_up(self._engine, head, steps, learning_rate, self._seed):
+        with ExitStack() as stack:
+            with self._engine.singles.labelled():  # by which the head learns
+                self._engine.prepare(samples)
+                warm = warmed_up(self._engine, head, steps, learning_rate, self._seed)
+                stack.enter_context(warm)
             yield
 
     def remember(self, samples: Sequence[int]) -> None:

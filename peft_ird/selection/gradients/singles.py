@@ -1,7 +1,8 @@
 """One calibration sample at a time: read, checked, and differentiated alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Singles:
             1.0  # of the loss, so that low-precision gradients do not underflow
         )
         self.unlabelled: set[int] = set()
-        self._remembered: dict[int, object] = {}
+        self._remembered: dict[tuple[int, str], object] = {}
 
     def sample(self, position: int, is_cut: bool) -> Sample:
         """Return a sample for a batch, its labels checked or drawn.
@@ -67,25 +68,42 @@ class Singles:
         inputs = self._inputs(position)
         return Sample(position, cut(inputs) if is_cut else inputs)
 
+    @contextmanager
+    def labelled(self) -> Iterator[None]:
+        """Take the labels of the data for a while, where others are drawn."""
+        before, self.fisher_type = self.fisher_type, "empirical"
+        try:
+            yield
+        finally:
+            self.fisher_type = before
+
     def _inputs(self, position: int) -> object:
         """Return a sample, the same each time, though a collator draws anew."""
-        if position in self._remembered:
-            return self._remembered[position]
-        inputs = self._collated(position)
+        key = position, self.fisher_type
+        if key in self._remembered:
+            return self._remembered[key]
+        is_drawn = self.fisher_type == "sampled"
+        inputs = self._drawn(position) if is_drawn else self._collated(position)
         if len(self._remembered) < _REMEMBERED:
-            self._remembered[position] = inputs
+            self._remembered[key] = inputs
         return inputs
 
+    def _drawn(self, position: int) -> object:
+        with self.labelled():
+            inputs = self._moved(self._inputs(position))
+        generator = torch.Generator().manual_seed(self._seed_of(position))
+        return with_sampled_labels(inputs, self.model, generator)
+
     def _collated(self, position: int) -> object:
-        seed = hash((self.seed, position)) & (2**63 - 1)
-        with own_randomness(seed):  # a collator's masks do not depend on the order
+        # A collator's masks do not depend on the order.
+        with own_randomness(self._seed_of(position)):
             inputs = self.calibration.batch(position, self.model)
         if self.calibration.loss is None:
             check_labels(inputs, self.model, position)
-        if self.fisher_type == "sampled":
-            generator = torch.Generator().manual_seed(seed)
-            inputs = with_sampled_labels(self._moved(inputs), self.model, generator)
         return inputs
+
+    def _seed_of(self, position: int) -> int:
+        return hash((self.seed, position)) & (2**63 - 1)
 
     def _moved(self, inputs: object) -> object:
         device = next(self.model.parameters()).device
