@@ -249,6 +249,14 @@ def glue_differences() -> str:
     return glue_table.difference_table(experiment, 0.001, ours, others)
 
 
+def head_differences() -> str:
+    """Return the same where the head has one rate in all rows."""
+    experiment = Experiment.load("minilm-head")
+    ours = ["IRD, drawn, t = 4", "random mask", "LoRA, equal budget"]
+    others = ["IRD", "FISH Mask", "random mask", "LoRA, equal budget"]
+    return glue_table.difference_table(experiment, 0.001, ours, others)
+
+
 def search_table() -> str:
     """Return the cells of the paper's staircase."""
     return search_study.table(read("search-sst2"))
@@ -258,6 +266,7 @@ TABLES = {
     "glue": glue_scores,
     "glue-differences": glue_differences,
     "glue-head": head_scores,
+    "glue-head-differences": head_differences,
     "glue-density": glue_densities,
     "glue-llama": llama_scores,
     "glue-llama-head": llama_head_scores,
