@@ -193,7 +193,7 @@ def _narrowed(names: Sequence[str], rows: list[int]) -> Iterator[None]:
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
     if tensor.ndim == 0 or len(tensor) == 1:
-        return _expanded(tensor, len(rows))
+        return tensor  # all samples share it, or it is a single token's
     return tensor[torch.tensor(rows, device=tensor.device)]
 
 

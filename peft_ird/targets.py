@@ -33,7 +33,7 @@ __all__ = [
     "select_stages",
 ]
 
-# Their parameters are read by the parent; nobody calls them.
+# Their parameters are read by the parent.
 _CONTAINERS = (
     nn.ParameterList,
     nn.ParameterDict,

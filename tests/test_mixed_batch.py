@@ -188,6 +188,26 @@ def test_generation_mixes_adapters(kind, num_beams):
         assert set(row[len(alone) :].tolist()) <= {model.config.pad_token_id}
 
 
+@pytest.mark.parametrize("names", [["one", "two"], ["one", "two", "two", "one"]])
+def test_the_position_of_one_token_is_no_row_of_a_sample(names):
+    """BART's decoder hands on positions without a dimension of samples."""
+    torch.manual_seed(0)
+    options = {"method": "random", "density": 0.3, "init_weights": False}
+    model = get_peft_model(TABLES["bart"]().double(), IRDConfig(**options), "one")
+    model.add_adapter("two", IRDConfig(seed=1, **options))
+    model.eval()
+    ids, last = torch.randint(3, 40, (2, len(names), 1))
+    with torch.no_grad():
+        expected = []
+        for name, row, token in zip(names, ids, last, strict=True):
+            model.set_adapter(name)
+            alone = {"input_ids": row[None], "decoder_input_ids": token[None]}
+            expected.append(model(**alone).logits)
+        batch = {"input_ids": ids, "decoder_input_ids": last}
+        found = model(**batch, adapter_names=names).logits
+    assert_close(found, torch.cat(expected), **TOL[torch.float64])
+
+
 def test_tuples_and_other_outputs_are_put_together():
     class Pair(nn.Module):
         def __init__(self) -> None:
