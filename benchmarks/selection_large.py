@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bars import Row, rated, render
-from record import RESULTS, circumstances, now, write
+from record import circumstances, now, result_file, write
 from shapes import SHAPES, build, draw, targets
 from torch import nn
 
@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, default=RESULTS / "selection-large.json")
+    add("--output", type=Path, help="default: in results, by the device")
     options = parser.parse_args(argv)
     cells = [measure(name, options) for name in options.shapes]
     results = {
         **circumstances(options),
         "cells": cells,
     }
-    write(options.output, results)
+    write(result_file("selection-large", options), results)
     print(table(results))
 
 

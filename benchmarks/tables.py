@@ -191,7 +191,7 @@ def step_bars() -> str:
 
 def large_selections_table() -> str:
     """Return what selecting costs on a GPU."""
-    return selection_large.table(read("selection-large"))
+    return selection_large.table(read("selection-large-gpu"))
 
 
 def gpu_steps_table() -> str:

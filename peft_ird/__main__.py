@@ -161,7 +161,7 @@ def _merge(options: argparse.Namespace) -> str:
     output: Path = options.output
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ValueError(f"'{output}' is not empty. Name a new folder.")
-    labels = options.num_labels or _label_count(Path(options.adapter))
+    labels = _label_count(Path(options.adapter), options.num_labels)
     kwargs = {}
     revision = {"revision": config.revision} if config.revision else {}
     if labels and labels != AutoConfig.from_pretrained(base, **revision).num_labels:
@@ -185,15 +185,25 @@ def _has_tokenizer(source: str) -> bool:
     return is_listed or bool(get_tokenizer_config(source))
 
 
-def _label_count(adapter: Path) -> int | None:
-    """Return the number of labels of the classifier that is in an adapter, if any."""
+def _label_count(adapter: Path, given: int | None) -> int | None:
+    """Return the number of labels of the classifier that is in an adapter, if any.
+
+    Raises:
+        ValueError: If it has none of as many as are given.
+    """
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
-        return None
+        return given
     tensors, _ = load_tensors(file)
     whole = {name: t for name, t in tensors.items() if ".irdelta_" not in name}
-    heads = [t for name, t in sorted(whole.items()) if _HEAD.search(name)]
-    return heads[-1].shape[0] if heads else None
+    if given is None:
+        heads = [t for name, t in sorted(whole.items()) if _HEAD.search(name)]
+        return heads[-1].shape[0] if heads else None
+    if not any(t.shape[:1] == (given,) for t in whole.values()):
+        raise ValueError(
+            f"`--num-labels` is {given}, but no head in '{adapter}' has that many rows."
+        )
+    return given
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from peft_ird.reading import Reading
+
 __all__ = ["BASE", "Handed", "by_sample", "handed_out"]
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -57,8 +59,8 @@ def handed_out(
     once = Handed(names)
     repeated = Handed(n for n in names for _ in range(num_beams or 1))
     with ExitStack() as hooks:
-        begin = partial(_begin, handed=(once, repeated))
         for model in {tuner.model, encoder or tuner.model}:
+            begin = partial(_begin, handed=(once, repeated), is_part=model is encoder)
             handle = model.register_forward_pre_hook(begin, with_kwargs=True)
             hooks.callback(handle.remove)
         for module in modules:
@@ -67,7 +69,7 @@ def handed_out(
                 hook = partial(_with_names, names=given)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 hooks.callback(handle.remove)
-                if hasattr(type(module), "handed"):
+                if isinstance(module, Reading):
                     module.handed = given
                     hooks.callback(delattr, module, "handed")
         yield
@@ -98,14 +100,20 @@ def _begin(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     handed: Sequence[Handed],
+    is_part: bool,
 ) -> None:
     """Take a look at a model's inputs; refuse those of another number of samples."""
     for each in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
         if isinstance(each, Tensor) and each.ndim and len(each) not in map(len, handed):
             raise ValueError(_WRONG_LENGTH.format(len(handed[0]), len(each)))
-    leaves = tree_leaves((args, dict(kwargs)))
+    inputs = _tensors(args, kwargs)
     for names in handed:
-        names.inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        names.inputs = [*(names.inputs if is_part else ()), *inputs]
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    leaves = tree_leaves(([*args], dict(kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
@@ -153,6 +161,7 @@ def by_sample(
         return run(names[0], *args, **kwargs)
     for leaf in tree_leaves((args, dict(kwargs))):
         _check_splits(leaf, len(names), getattr(handed, "inputs", ()))
+    _check_some_split(_tensors(args, kwargs), len(names))
 
     def part(rows: list[int], given: Any) -> Any:
         return tree_map_only(Tensor, partial(_rows, rows=rows), given)
@@ -172,6 +181,11 @@ def _together(rows: Sequence[list[int]], *parts: Any) -> Any:
         return first
     for part, each in zip(parts, rows, strict=True):
         _check_size(part, len(each), is_split=True)
+        if not part.ndim:
+            raise ValueError(
+                "A single number is of no sample, so that the module which returns it "
+                "cannot mix adapters."
+            )
     order = torch.tensor([i for each in rows for i in each], device=first.device)
     every = [_expanded(part, len(each)) for part, each in zip(parts, rows, strict=True)]
     return torch.cat(every).index_select(0, order.argsort())
@@ -218,6 +232,16 @@ def _check_splits(given: Any, of: int, inputs: Sequence[Tensor] = ()) -> None:
             "are, cannot be told of indices that the model makes itself. Pad the "
             "samples by a token, or leave these embeddings out of adapters that are "
             "mixed."
+        )
+
+
+def _check_some_split(tensors: Sequence[Tensor], of: int) -> None:
+    """Refuse numbers that all samples share: what they become may be no row of each."""
+    is_split = any(len(each) == of for each in tensors if each.ndim)
+    if not is_split and any(t.is_floating_point() for t in tensors if t.ndim):
+        raise ValueError(
+            f"A module that is called with one row for all {of} samples cannot mix "
+            "adapters. Leave it out of them by `exclude_modules`."
         )
 
 

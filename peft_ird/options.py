@@ -36,7 +36,9 @@ def ignores_base_mismatch() -> bool:
 
 
 def as_plain(value: Any) -> Any:
-    """Return a number of another library as Python's own, which JSON knows."""
+    """Return numbers of another library as Python's own, which JSON knows."""
+    if isinstance(value, list):
+        return [*map(as_plain, value)]
     if isinstance(value, int | float):
         return value
     if isinstance(value, Integral):

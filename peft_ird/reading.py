@@ -12,6 +12,30 @@ __all__ = ["Reading"]
 
 _OWN = {"base_layer", "_parameters", "_buffers", "_modules"}
 
+_FACTS = {
+    *(getattr(Tensor, name).__get__ for name in (
+        "device", "dtype", "grad", "is_cuda", "is_meta", "ndim", "requires_grad",
+        "shape",
+    )),
+    Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.size,
+}  # fmt: skip
+
+
+class _OfSeveral(Tensor):
+    """A parameter that is another one for each sample: what and where may be asked."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in _FACTS:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        raise ValueError(
+            "A weight that another module computes with cannot be another one for each "
+            "sample. Run the samples of each adapter in a batch of their own, or leave "
+            "the weight's module out of the adapters by `exclude_modules`."
+        )
+
 
 class Reading(nn.Module):
     """The part of a layer that answers for the module inside.
@@ -42,7 +66,7 @@ class Reading(nn.Module):
         asked = [None] if self.handed is None else [[each] for each in {*self.handed}]
         first, *others = [self._deltas_in_force(each).get(name) for each in asked]
         if others and any([first, *others]):
-            return weight.to("meta")  # of another one for each sample, all but values
+            return weight.detach().as_subclass(_OfSeveral)
         return add_deltas(weight, first) if first else weight
 
     @property

@@ -146,13 +146,13 @@ def test_labels_are_not_counted_in_entries(tmp_path):
         assert torch.equal(merged.eval()(**batch).logits, model(**batch).logits)
 
 
-def test_the_number_of_labels_can_be_given(tmp_path):
+def test_the_number_of_labels_can_be_given(tmp_path, capsys):
     """A head by another name than those that are known."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
     model = XLNetForSequenceClassification(XLNetConfig(**sizes, num_labels=5))
     heads = ["logits_proj", "sequence_summary"]
-    make_adapter(
+    adapted = make_adapter(
         tmp_path / "a", model, tmp_path / "base", "SEQ_CLS", modules_to_save=heads
     )
     two = XLNetForSequenceClassification(XLNetConfig(**sizes))
@@ -160,9 +160,13 @@ def test_the_number_of_labels_can_be_given(tmp_path):
     two.save_pretrained(tmp_path / "base")
     command = ["merge", str(tmp_path / "a"), str(tmp_path / "merged")]
     assert main(command) == 1
+    assert main([*command, "--num-labels", "7"]) == 1
+    assert "no head in" in capsys.readouterr().err
     assert main([*command, "--num-labels", "5"]) == 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert merged.logits_proj.out_features == 5
+    batch = make_batch("bert")
+    with torch.no_grad():
+        assert torch.equal(merged.eval()(**batch).logits, adapted(**batch).logits)
 
 
 def test_merge_brings_the_tokenizer_along(tmp_path, capsys):

@@ -76,18 +76,19 @@ TABLES = {
 }
 
 
+@pytest.mark.parametrize("length", [2, 3, 5])
 @pytest.mark.parametrize("kind", TABLES)
-def test_tables_with_as_many_rows_as_samples_are_refused(kind):
+def test_tables_with_as_many_rows_as_samples_are_refused(kind, length):
     """Positions of three tokens, or distances between them, are no three samples."""
     torch.manual_seed(0)
     options = {"method": "random", "density": 0.3, "init_weights": False}
     model = get_peft_model(TABLES[kind](), IRDConfig(**options), "one").eval()
     model.add_adapter("two", IRDConfig(seed=1, **options))
-    ids = torch.randint(3, 40, (3, 3))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    three, others = torch.randint(3, 40, (3, 3)), torch.randint(3, 40, (3, length))
+    batch = {"input_ids": three}
     if kind != "mpnet":
-        batch["decoder_input_ids"] = ids
-    message = "Whether these 3 rows are samples or tokens"
+        batch = {"input_ids": others, "decoder_input_ids": three}
+    message = "rows are samples or tokens|the same as the number of inputs"
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         model(**batch, adapter_names=NAMES)
 
@@ -109,8 +110,9 @@ class Table(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
 
-    def forward(self, x: Tensor, rows: int, **_: object) -> Tensor:
-        return self.weight.expand(rows, 4) + x.mean()
+    def forward(self, x: Tensor, rows: int | None, **_: object) -> Tensor:
+        table = self.weight.sum() if rows is None else self.weight.expand(rows, 4)
+        return table + x.mean()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,7 @@ class Table(nn.Module):
     [
         (2, None, "the same as the number of inputs, but got 1 and 2"),
         (1, DynamicCache(), "A DynamicCache cannot be split by sample"),
+        (None, None, "A single number is of no sample"),
     ],
 )
 def test_what_cannot_be_split_by_sample_is_refused(rows, other, message):
@@ -127,14 +130,15 @@ def test_what_cannot_be_split_by_sample_is_refused(rows, other, message):
     with pytest.raises(ValueError, match=message):
         layer(torch.zeros(2, 4), rows, other=other, adapter_names=["one", "__base__"])
     assert len(layer(torch.zeros(2, 4), 1, adapter_names=["one", "__base__"])) == 2
+    with pytest.raises(ValueError, match="one row for all 2 samples"):
+        layer(torch.zeros(1, 4), 1, adapter_names=["one", "__base__"])
 
 
 def test_a_parameter_that_others_read_is_not_that_of_the_active_adapter():
     """Attention reads its output projection; the type of a weight may be asked for."""
     options = {"method": "random", "density": 1.0, "init_weights": False}
     options["target_modules"] = ["out_proj"]
-    base = Attentive()
-    model = get_peft_model(base, IRDConfig(**options), "one").eval()
+    model = get_peft_model(Attentive(), IRDConfig(**options), "one").eval()
     model.add_adapter("two", IRDConfig(seed=1, **options))
     x = torch.randn(3, 2, 4)
     with torch.no_grad():
@@ -142,10 +146,9 @@ def test_a_parameter_that_others_read_is_not_that_of_the_active_adapter():
         expected = model(x)
         model.set_adapter("one")
         found = model(x, adapter_names=["two"] * 3)
-        with pytest.raises(RuntimeError, match="meta"):
+        with pytest.raises(ValueError, match="another module computes with"):
             model(x, adapter_names=NAMES)
     assert torch.equal(found, expected)
-    assert base.attention.out_proj.weight.device.type == "cpu"
 
 
 class Attentive(nn.Module):
@@ -155,7 +158,9 @@ class Attentive(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.attention.out_proj.weight.dtype == torch.float32
+        weight = self.attention.out_proj.weight
+        x = x.to(weight.device, weight.dtype)
+        assert weight.shape == (4, 4)
         return self.attention(x, x, x)[0]
 
 

@@ -257,12 +257,13 @@ def test_a_selection_with_entries_in_a_head_is_refused(options, module):
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
     settings = config(
         "bert", density=np.float32(0.25), seed=np.int64(3), num_samples=np.int32(4),
-        schedule=[(np.int64(4), np.float32(0.25))],
+        schedule=[(np.int64(4), np.float32(0.25))], layers_to_transform=[np.int64(1)],
     )  # fmt: skip
     settings.save_pretrained(tmp_path)
     again = IRDConfig.from_pretrained(tmp_path)
     assert (again.density, again.seed, again.num_samples) == (0.25, 3, 4)
     assert again.schedule == [(4, 0.25)]
+    assert again.layers_to_transform == [1]
 
 
 def test_only_the_active_adapter_is_trainable(name):

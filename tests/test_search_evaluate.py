@@ -611,7 +611,7 @@ def test_a_cell_that_is_tried_again_may_change_who_goes_on(tmp_path):
     assert not list(tmp_path.glob("*/rung-*"))
 
 
-def test_a_training_whose_checkpoint_is_gone_starts_again(tmp_path):
+def test_a_training_whose_checkpoint_is_gone_starts_again(tmp_path, caplog):
     whole, second = Toy(), Toy()
     expected = halved(tmp_path / "whole", whole)
     with pytest.raises(KeyboardInterrupt):
@@ -620,6 +620,7 @@ def test_a_training_whose_checkpoint_is_gone_starts_again(tmp_path):
         shutil.rmtree(folder)
     result = halved(tmp_path / "cut", second)
     assert result.scores == expected.scores
+    assert "rung-1 is gone; its cell is trained anew" in caplog.text
     third_rung = [(size, 0, until) for size, _, until in whole.calls[8:10]]
     assert second.calls == third_rung + whole.calls[10:]
 

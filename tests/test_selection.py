@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
@@ -15,6 +16,7 @@ from transformers import (
     BartConfig,
     BartForSequenceClassification,
     BertForMultipleChoice,
+    BertForPreTraining,
     PatchTSTConfig,
     PatchTSTForRegression,
 )
@@ -499,6 +501,78 @@ def test_a_model_that_returns_tuples_gives_the_same_selection(kind, fisher):
     found = select_parameters(model, settings, data)
     assert flat(found, model) == flat(expected, model)
     assert isinstance(model(**as_batch(data[0])), tuple)
+
+
+def test_a_label_in_another_loss_counts():
+    """No word is masked, but whether the sentences go together is known."""
+    torch.manual_seed(0)
+    model = BertForPreTraining(bert_config()).double().eval()
+    data = make_samples("bert")
+    for n, sample in enumerate(data):
+        sample["next_sentence_label"] = sample.pop("labels")
+        sample["labels"] = [-100] * len(sample["input_ids"])
+        sample["labels"][1] = 5 if n % 2 else -100
+    module = "bert.encoder.layer.0.output.dense"
+    settings = IRDConfig(budget=40, method="fish", target_modules=[module])
+    selection = select_parameters(model, settings, data)
+
+    def loss(model, batch):
+        output = model(**batch)
+        if output.loss.isfinite():
+            return output.loss
+        return F.cross_entropy(
+            output.seq_relationship_logits, batch["next_sentence_label"]
+        )
+
+    gradients = oracles.sample_gradients(
+        model, map(as_batch, data), [f"{module}.weight", f"{module}.bias"], loss
+    )
+    expected = oracles.best(gradients.square().mean(0).tolist(), 40)
+    found = selection.indices[module]
+    size = model.get_submodule(module).weight.numel()
+    in_bias = [size + i for i in found["bias"].tolist()]
+    assert [*found["weight"].tolist(), *in_bias] == expected
+
+
+def test_one_row_with_one_label_is_a_sample():
+    model, samples = make_model("bert"), make_samples("bert", 6)
+    data = [{**as_batch(s), "labels": s["labels"]} for s in samples]
+    settings = config("bert", density=0.02, num_samples=6)
+    expected = select_parameters(model, settings, samples)
+    found = select_parameters(model, settings, data)
+    assert flat(found, model) == flat(expected, model)
+
+
+def test_dictionaries_inside_batches_are_cut_by_sample():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+
+    def loss(model, batch):
+        return F.mse_loss(model(batch["inputs"]["x"]), batch["y"])
+
+    def cut(size):
+        return [
+            {"inputs": {"x": x[i : i + size]}, "y": y[i : i + size]}
+            for i in range(0, 6, size)
+        ]
+
+    settings = IRDConfig(budget=3, method="fish", target_modules=["0"], num_samples=6)
+    data = Calibration(DataLoader(cut(1), 3, collate_fn=joined_inputs), loss=loss)
+    selection = select_parameters(model, settings, data)
+    gradients = oracles.sample_gradients(model, cut(1), ["0.weight", "0.bias"], loss)
+    expected = oracles.best(gradients.square().mean(0).tolist(), 3)
+    indices = selection.indices["0"]
+    found = [*indices["weight"].tolist()]
+    found += [6 + i for i in indices.get("bias", torch.empty(0, dtype=int)).tolist()]
+    assert found == expected
+
+
+def joined_inputs(rows):
+    return {
+        "inputs": {"x": torch.cat([row["inputs"]["x"] for row in rows])},
+        "y": torch.cat([row["y"] for row in rows]),
+    }
 
 
 def test_samples_without_a_label_are_named_in_one_warning():

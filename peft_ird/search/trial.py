@@ -136,8 +136,11 @@ class Trial:
         target = None if self.is_last else self.folder.rung(self.rung)
         if target is not None and target.exists():  # of a training cut short
             shutil.rmtree(target)
-        is_there = source.is_dir()  # not at the first rung, or if someone deleted it
-        return self.evaluate.advance(model, until, source if is_there else None, target)
+        if not source.is_dir():
+            if self.rung:
+                logger.warning("%s is gone; its cell is trained anew.", source)
+            return self.evaluate.advance(model, until, None, target)
+        return self.evaluate.advance(model, until, source, target)
 
 
 def as_outcome(result: Any) -> Outcome:

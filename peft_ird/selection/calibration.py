@@ -168,7 +168,7 @@ def _as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in batch.items():
         inner = _innermost(value)
-        if inner is None or isinstance(inner, str):
+        if value is None or isinstance(inner, str):
             continue
         is_list_of_tensors = isinstance(inner, Tensor) and inner is not value
         is_kept = isinstance(inner, Mapping) or (is_list_of_tensors and inner.ndim > 0)
@@ -209,10 +209,14 @@ def _has_batch_dimension(row: Any) -> bool:
     """
     if not isinstance(row, Mapping):
         return False
-    labels = [row[name] for name in _LABELS if row.get(name) is not None]
-    is_one = any(not isinstance(v, list) and getattr(v, "ndim", 0) == 0 for v in labels)
     ids = row.get("input_ids")
-    return isinstance(ids, Tensor) and ids.ndim > 1 and not is_one
+    if not isinstance(ids, Tensor) or ids.ndim < 2:
+        return False
+    labels = [row[name] for name in _LABELS if row.get(name) is not None]
+    has_number = any(
+        not isinstance(v, list | tuple) and getattr(v, "ndim", 0) == 0 for v in labels
+    )
+    return len(ids) == 1 or not has_number
 
 
 def _unbatch(batch: Any) -> list[Any]:
@@ -225,6 +229,8 @@ def _unbatch(batch: Any) -> list[Any]:
 
     def pick(i: int) -> Any:
         def row(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: row(each) for name, each in value.items()}
             has_rows = isinstance(value, list) or getattr(value, "ndim", 0) > 0
             return value[i : i + 1] if has_rows and len(value) == size else value
 

@@ -1,7 +1,7 @@
 """A model, lent for gradients and given back as it was."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,11 +33,12 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad) for p in model.parameters()]
     states = [(m, dict(m._buffers), _numbers(m)) for m in model.modules() if m._buffers]
     is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    # cuDNN's recurrent layers have no backward pass in eval mode.
-    cudnn = torch.backends.cudnn.flags(enabled=False) if is_recurrent else nullcontext()
-    with torch.random.fork_rng(seeded_devices()), torch.enable_grad(), cudnn:
+    has_cudnn = torch.backends.cudnn.enabled
+    with torch.random.fork_rng(seeded_devices()), torch.enable_grad():
         try:
             model.eval()
+            # cuDNN's recurrent layers have no backward pass in eval mode.
+            torch.backends.cudnn.enabled = has_cudnn and not is_recurrent
             if "return_dict" in options:
                 config.return_dict = True
             for parameter, _ in flags:
@@ -53,6 +54,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
                 module.__dict__.update(numbers)
             for name, value in options.items():
                 setattr(config, name, value)
+            torch.backends.cudnn.enabled = has_cudnn
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

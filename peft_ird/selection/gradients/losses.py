@@ -44,6 +44,7 @@ def _row_means(
     if rows != recorder.size or given.get("weight") is not None or is_ignored:
         return None
     losses: Tensor = func(**{**given, "reduction": "none"})
+    recorder.note_labels([True] * recorder.size)
     return losses.reshape(recorder.size, -1).mean(1)
 
 
@@ -53,7 +54,7 @@ def _piece_means(recorder: Recorder, func: Any, given: Mapping[str, Any]) -> Ten
     sources, targets = (t.split(t.shape[0] // recorder.size) for t in pair)
     ignored = given.get("ignore_index", torch.nan)  # no label is equal to NaN
     is_labelled = torch.stack([target.ne(ignored).any() for target in targets]).tolist()
-    recorder.unlabelled.update(n for n, is_so in enumerate(is_labelled) if not is_so)
+    recorder.note_labels(is_labelled)
     return torch.stack(
         [
             func(**{**given, "input": x, "target": y,

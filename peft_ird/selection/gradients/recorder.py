@@ -1,7 +1,7 @@
 """What the substitutes of a parameter's uses leave behind, gathered by parameter."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Recorder:
         self.picked = Picked(size)
         self.refused: set[int] = set()  # used in a way that hands nothing out
         self.mixes_losses = False  # whether a mean had no rows of each sample
-        self.unlabelled: set[int] = set()  # samples with a mean over no label
+        self._labelled: dict[bool, set[int]] = {True: set(), False: set()}
         self.losses: list[Tensor] = []  # ``[n]`` for each mean that was replaced
         self._numbers = {id(p): i for i, p in parameters.items()}
         self._observe = observe
@@ -61,6 +61,16 @@ class Recorder:
     def number(self, tensor: Any) -> int | None:
         """Return the number of a parameter, None for any other tensor."""
         return self._numbers.get(id(tensor)) if tensor is not None else None
+
+    def note_labels(self, are_there: Sequence[bool]) -> None:
+        """Note which samples of the batch have a label in a mean."""
+        for sample, is_there in enumerate(are_there):
+            self._labelled[is_there].add(sample)
+
+    @property
+    def unlabelled(self) -> set[int]:
+        """Samples that have a mean over no label, and none over one."""
+        return self._labelled[False] - self._labelled[True]
 
     def use(self, number: int | None) -> None:
         """Note that a parameter is used; recomputed forwards do not count."""

@@ -78,7 +78,7 @@ class Singles:
             self.fisher_type = before
 
     def _inputs(self, position: int) -> object:
-        """Return a sample, the same each time, though a collator draws anew."""
+        """Return a sample; of the first of them the same, though a collator draws."""
         key = position, self.fisher_type
         if key in self._remembered:
             return self._remembered[key]
