@@ -175,19 +175,17 @@ def _metrics(tasks: Collection[str]) -> str:
 def compared(ours: Scores, theirs: Scores) -> dict[str, float]:
     """Return the mean of paired differences in points, with an interval and p.
 
-    Tasks have the same number of seeds, those that all of them have had, so that each
-    has the same weight. The interval is Student's over the pairs; p is that of the
-    exact two-sided sign-flip test, up to 18 pairs, and of 99,999 draws beyond. Both
-    take the pairs for independent; ``p_tasks`` takes each task's mean for one.
+    All tasks have the same seeds, so that each has the same weight: those tasks and
+    seeds that make the most pairs. The interval is Student's over the pairs; p is that
+    of the     exact two-sided sign-flip test, up to 18 pairs, and of 99,999 draws
+    beyond. Both     take the pairs for independent; ``p_tasks`` takes each task's mean
+    for one.
 
     Args:
         ours: Scores by task and seed.
         theirs: Those of the other method; pairs are what both have.
     """
-    common = ours.keys() & theirs.keys()
-    tasks = {task for task, _ in common}
-    seeds = {s for _, s in common if all((task, s) in common for task in tasks)}
-    keys = sorted((task, seed) for task, seed in common if seed in seeds)
+    keys = _even(ours.keys() & theirs.keys())
     pairs = np.array([ours[key] - theirs[key] for key in keys])
     gaps = defaultdict(list)
     for (task, _), gap in zip(keys, pairs, strict=True):
@@ -207,6 +205,20 @@ def compared(ours: Scores, theirs: Scores) -> dict[str, float]:
         found["p_tasks"] = sign_flip([*by_task.values()])
     low, high = stats.ttest_1samp(pairs, 0.0).confidence_interval(0.95)
     return {**found, "low": float(low), "high": float(high), "p": sign_flip(pairs)}
+
+
+def _even(keys: Collection[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the most keys whose tasks have the same seeds, of many tasks rather."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for task, seed in keys:
+        seeds[task].add(seed)
+    best: list[tuple[str, int]] = []
+    for count in range(1, 1 + max(map(len, seeds.values()), default=0)):
+        tasks = [task for task, each in seeds.items() if len(each) >= count]
+        common = set.intersection(*(seeds[task] for task in tasks))
+        found = sorted((task, seed) for task in tasks for seed in common)
+        best = max(best, found, key=len)
+    return best
 
 
 def difference_table(

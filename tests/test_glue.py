@@ -591,6 +591,8 @@ def test_differences_are_paired_over_tasks_and_seeds(load):
     found = glue_table.compared(more, dict.fromkeys(more, 0.0))
     assert found["p"] == pytest.approx(flips([*more.values()]))
     assert found["p_tasks"] == pytest.approx(flips([3.0, -1.5])) != found["p"]
+    late = {**more, ("c", 0): 9.0}  # a task that has just begun waits
+    assert glue_table.compared(late, dict.fromkeys(late, 0.0)) == found
     found = glue_table.compared(ours, theirs)
     half = stats.t.ppf(0.975, 2) * np.std(pairs, ddof=1) / math.sqrt(3)
     assert found["high"] == pytest.approx(np.mean(pairs) + half)
