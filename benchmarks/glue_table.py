@@ -177,9 +177,8 @@ def compared(ours: Scores, theirs: Scores) -> dict[str, float]:
 
     All tasks have the same seeds, so that each has the same weight: those tasks and
     seeds that make the most pairs. The interval is Student's over the pairs; p is that
-    of the     exact two-sided sign-flip test, up to 18 pairs, and of 99,999 draws
-    beyond. Both     take the pairs for independent; ``p_tasks`` takes each task's mean
-    for one.
+    of the exact two-sided sign-flip test, up to 18 pairs, and of 99,999 draws beyond.
+    Both take the pairs for independent; ``p_tasks`` takes each task's mean for one.
 
     Args:
         ours: Scores by task and seed.
