@@ -132,14 +132,13 @@ class Trial:
 
     def _advanced(self, model: nn.Module, until: int) -> Outcome:
         assert isinstance(self.evaluate, Resumable)
-        source = self.folder.rung(self.rung - 1)
+        source = self.folder.rung(self.rung - 1) if self.rung else None
         target = None if self.is_last else self.folder.rung(self.rung)
         if target is not None and target.exists():  # of a training cut short
             shutil.rmtree(target)
-        if not source.is_dir():
-            if self.rung:
-                logger.warning("%s is gone; its cell is trained anew.", source)
-            return self.evaluate.advance(model, until, None, target)
+        if source is not None and not source.is_dir():
+            logger.warning("%s is gone; its cell is trained anew.", source)
+            source = None
         return self.evaluate.advance(model, until, source, target)
 
 
