@@ -178,6 +178,11 @@ def _together(rows: Sequence[list[int]], *parts: Any) -> Any:
     first = parts[0]
     if not isinstance(first, Tensor):
         _check_splits(first, len(rows))
+        if any(part != first for part in parts):
+            raise ValueError(
+                f"A module that returns {first!r} for some samples and something else "
+                "for others cannot mix adapters."
+            )
         return first
     for part, each in zip(parts, rows, strict=True):
         _check_size(part, len(each), is_split=True)

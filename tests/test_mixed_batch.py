@@ -134,6 +134,20 @@ def test_what_cannot_be_split_by_sample_is_refused(rows, other, message):
         layer(torch.zeros(1, 4), 1, adapter_names=["one", "__base__"])
 
 
+def test_other_outputs_must_be_the_same_for_all_samples():
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return super().forward(x), len(x)
+
+    options = {"method": "random", "density": 1.0, "target_modules": ["0"]}
+    base = nn.Sequential(Counting(4, 4))
+    model = get_peft_model(base, IRDConfig(**options), "one").eval()
+    layer, x = model.base_model.model[0], torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="returns 2 for some samples"):
+        layer(x, adapter_names=["one", "one", "__base__"])
+    assert layer(x, adapter_names=["one"] * 3)[1] == 3
+
+
 def test_a_parameter_that_others_read_is_not_that_of_the_active_adapter():
     """Attention reads its output projection; the type of a weight may be asked for."""
     options = {"method": "random", "density": 1.0, "init_weights": False}
