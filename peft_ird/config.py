@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME
 
 from peft_ird._registration import IRD
 from peft_ird.options import as_plain, check, ignores_base_mismatch
+from peft_ird.patterns import from_lines, to_lines
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.criteria import NEEDS_DATA
 from peft_ird.selection.schedule import check_schedule
@@ -213,6 +214,9 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         self.peft_type = IRD
         for each in fields(self):
             setattr(self, each.name, as_plain(getattr(self, each.name)))
+        if any(isinstance(said, str) for said in (self.nnz_pattern or {}).values()):
+            read = from_lines(self.nnz_pattern or {})  # as in a file
+            self.nnz_pattern, self.shape_pattern, self.fingerprint = read
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -257,12 +261,22 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         place = Path(save_directory)
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place, prefix=".") as spare:
-            super().save_pretrained(spare, **kwargs)
+            PeftConfig.save_pretrained(self._in_lines(), spare, **kwargs)
             Path(spare, CONFIG_NAME).replace(place / CONFIG_NAME)
         card = place / "README.md"
         if card.is_file() and "import peft_ird" not in card.read_text("utf-8"):
             with card.open("a", encoding="utf-8") as file:
                 file.write(_CARD)
+
+    def _in_lines(self) -> "IRDConfig":
+        """Return a copy that says of each module all in one line, if it is known."""
+        brief, shapes = copy.copy(self), self.shape_pattern or {}
+        counts = (self.nnz_pattern or {}).items()
+        if all(named.keys() == shapes.get(name, {}).keys() for name, named in counts):
+            lines = to_lines(dict(counts), shapes, self.fingerprint or {})
+            brief.nnz_pattern = lines or self.nnz_pattern  # type: ignore[assignment]
+            brief.shape_pattern = brief.fingerprint = None
+        return brief
 
     @classmethod
     def from_pretrained(

@@ -9,7 +9,7 @@ import shutil
 import datasets
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -356,9 +356,9 @@ def change_weights(folder, change):
 
 def recode(saved, change):
     """Write other indices into the file, whatever they are worth."""
-    settings = json.loads((saved / "adapter_config.json").read_text())
-    module = next(m for m, c in settings["nnz_pattern"].items() if max(c.values()) > 1)
-    counts, shapes = (settings[f"{k}_pattern"][module] for k in ("nnz", "shape"))
+    settings = PeftConfig.from_pretrained(saved)
+    module = next(m for m, c in settings.nnz_pattern.items() if max(c.values()) > 1)
+    counts, shapes = settings.nnz_pattern[module], settings.shape_pattern[module]
     numels = {name: math.prod(shape) for name, shape in shapes.items()}
 
     def write(tensors):
@@ -408,10 +408,21 @@ def test_counts_that_disagree_inside_the_file(saved):
 def test_counts_that_disagree_with_the_configuration(saved):
     path = saved / "adapter_config.json"
     settings = json.loads(path.read_text())
-    module, parameters = next(iter(settings["nnz_pattern"].items()))
-    settings["nnz_pattern"][module] = {n: k + 1 for n, k in parameters.items()}
+    module, line = next(iter(settings["nnz_pattern"].items()))
+    name, count, rest = line.split(" ", 2)
+    settings["nnz_pattern"][module] = f"{name} {int(count) + 1} {rest}"
     path.write_text(json.dumps(settings))
     refused_to_load(saved, re.escape(module) + ".*disagree: adapter_config.json")
+
+
+def test_a_line_of_the_configuration_that_cannot_be_read(saved):
+    path = saved / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    module, line = next(iter(settings["nnz_pattern"].items()))
+    for damaged in ("", line[:8], line.replace(" of ", " "), line + ", ", 3):
+        settings["nnz_pattern"][module] = damaged
+        path.write_text(json.dumps(settings))
+        refused_to_load(saved, re.escape(f"`nnz_pattern` says of '{module}'"))
 
 
 def test_entries_that_are_missing(saved):
@@ -457,8 +468,6 @@ def test_bad_tensors_given_directly_change_nothing(saved):
 
 
 def test_a_configuration_without_its_weights(saved, tmp_path):
-    from peft import PeftConfig  # noqa: PLC0415
-
     shutil.copy(saved / "adapter_config.json", tmp_path)
     model = get_peft_model(make_model("bert"), PeftConfig.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="weights were never loaded"):

@@ -34,7 +34,7 @@ def logits(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def settings_of(folder) -> dict:
-    return json.loads((folder / "adapter_config.json").read_text())
+    return PeftConfig.from_pretrained(folder).to_dict()
 
 
 def refused(folder, model, message="made for other base weights: those of"):
@@ -250,7 +250,7 @@ def test_the_origin_is_recorded(tmp_path):
     model.base_model.model.name_or_path = None
     model.save_pretrained(tmp_path)
     found = settings_of(tmp_path)
-    assert found["format_version"] == 2
+    assert found["format_version"] == 3
     origin = found["provenance"]
     assert origin["method"] == "ird"
     assert origin["seed"] == 7
@@ -268,9 +268,9 @@ def test_the_origin_is_recorded(tmp_path):
 
 def test_a_newer_format_is_refused(saved, name):
     path = saved / "adapter_config.json"
-    settings = {**settings_of(saved), "format_version": 3}
+    settings = {**settings_of(saved), "format_version": 4}
     path.write_text(json.dumps(settings))
-    message = "`format_version` 3; this version of peft_ird reads up to 2. Upgrade"
+    message = "`format_version` 4; this version of peft_ird reads up to 3. Upgrade"
     refused(saved, make_model(name), message)
 
 

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -376,6 +377,28 @@ def test_every_option_has_a_help_text():
     assert all(len(f.metadata.get("help", "")) > 20 for f in fields)
 
 
+def test_a_file_says_of_each_module_all_in_one_line(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+            self.shift = nn.Parameter(torch.zeros(3, 2, 4))
+
+        def forward(self, x):
+            return self.scale * x + self.shift
+
+    settings = IRDConfig(density=1.0, method="random")
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), Scaled()), settings)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    wanted = r"scale 1 of scalar, shift 24 of 3x2x4; bfloat16 \w{16}, float16 \w{16}"
+    assert re.fullmatch(wanted, saved["nnz_pattern"]["1"])
+    assert saved["shape_pattern"] is saved["fingerprint"] is None
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    for field in ("nnz_pattern", "shape_pattern", "fingerprint"):
+        assert getattr(loaded, field) == getattr(settings, field) is not None
+
+
 def as_first_format(folder: Path, model: nn.Module) -> None:
     """Write the file as the first version did: plain indices, one tensor each."""
     path = folder / "adapter_model.safetensors"
@@ -390,6 +413,8 @@ def as_first_format(folder: Path, model: nn.Module) -> None:
     settings = json.loads(path.read_text())
     later = ("format_version", "provenance", "fingerprint", "save_dtype")
     kept = {k: v for k, v in settings.items() if k not in later}
+    settings = PeftConfig.from_pretrained(folder)  # it had trees, no lines
+    kept |= {k: getattr(settings, k) for k in ("nnz_pattern", "shape_pattern")}
     path.write_text(json.dumps(kept))
 
 

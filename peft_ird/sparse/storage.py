@@ -34,7 +34,7 @@ __all__ = [
     "with_coded_indices",
 ]
 
-FORMAT = 2  # 1 had a tensor of plain indices for each of values
+FORMAT = 3  # 1 had plain indices, a tensor for each of values; 2 longer settings
 CODED = ".irdelta_coded"
 PLAIN = ".irdelta_indices."
 VALUES = ".irdelta_values."
