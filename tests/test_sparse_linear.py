@@ -4,6 +4,7 @@ import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ class Problem:
     bias: Tensor | None
     delta: SparseDelta
     is_transposed: bool
+    multiple: int = 1  # of rows and columns in use, as on a GPU
 
     def dense(self, values: Tensor) -> Tensor:
         merged = self.weight.clone().reshape(-1)
@@ -93,10 +95,12 @@ def problems(draw, dtype=torch.float64):
     weight = some_layout(floats(*shape), draw(layouts))
     bias = floats(o).requires_grad_() if draw(st.booleans()) else None
     indices = torch.tensor(chosen, dtype=torch.int32)
-    support = Support.of(indices, shape, dtype)
+    multiple = draw(st.integers(1, 4))
+    with mock.patch.dict("peft_ird.sparse.support._MULTIPLE", cpu=multiple):
+        support = Support.of(indices, shape, dtype)
     values = floats(len(chosen)).requires_grad_()
     delta = SparseDelta(indices, values, shape, support)
-    return Problem(x, weight, bias, delta, is_transposed)
+    return Problem(x, weight, bias, delta, is_transposed, multiple)
 
 
 def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -153,8 +157,11 @@ def test_the_support_is_what_the_entries_use(problem):
     support, indices = problem.delta.support, problem.delta.indices.tolist()
     for side, used in ((0, support.rows), (1, support.columns)):
         width = problem.weight.shape[1]
-        wanted = sorted({(j // width, j % width)[side] for j in indices})
-        if 0 < len(wanted) <= problem.weight.shape[side] / 2:
+        size = problem.weight.shape[side]
+        wanted = {(j // width, j % width)[side] for j in indices}
+        others = [n for n in range(size) if n not in wanted]
+        wanted = sorted([*wanted, *others[: -len(wanted) % problem.multiple]])
+        if 0 < len(wanted) <= size / 2:
             assert used.tolist() == wanted
         else:
             assert not len(used)
@@ -503,7 +510,7 @@ def test_the_operators_pass_the_checks_of_torch():
     bias = torch.randn(3, requires_grad=True)
     torch.library.opcheck(
         ops.linear.default,
-        (x, weight, bias, values, indices, none, none, "block", False),
+        (x, weight, bias, values, indices, none, none, None, "block", False),
     )
     y = torch.randn(2, 3, requires_grad=True)
     torch.library.opcheck(
@@ -513,6 +520,16 @@ def test_the_operators_pass_the_checks_of_torch():
     torch.library.opcheck(
         ops.linear_and_product.default,
         (x, weight, bias.detach(), values, indices, none, none, "block", False),
+    )
+    places = torch.tensor([0, 2, 3])
+    used = (torch.tensor([0, 1], dtype=torch.int32), torch.tensor([1, 2]).int())
+    torch.library.opcheck(
+        ops.plus_product.default,
+        (y, x, values, places, *used, [3, 4], "block", False),
+    )
+    torch.library.opcheck(
+        ops.linear_and_product.default,
+        (x, weight, bias.detach(), values, places, *used, "block", False),
     )
     ids = torch.tensor([0, 2])
     rows = torch.randn(2, 4, requires_grad=True)
@@ -562,3 +579,12 @@ def test_a_product_of_low_values_is_computed_in_float32(problem, dtype):
     dense = delta.to_dense(torch.float64).detach()
     dense = dense.t() if problem.is_transposed else dense
     assert_close(mine.double(), ones @ dense, **TOL[torch.float32])
+
+
+def test_used_rows_come_in_multiples_where_there_are_enough():
+    indices = torch.arange(0, 30 * 64, 64)  # column 0 of 30 rows of 100
+    with mock.patch.dict("peft_ird.sparse.support._MULTIPLE", cpu=8):
+        support = Support.of(indices, torch.Size((100, 64)), torch.float32)
+    assert support.block == (32, 8)
+    assert support.rows.tolist() == [*range(30), 30, 31]
+    assert support.places(indices).tolist() == [8 * row for row in range(30)]

@@ -77,9 +77,11 @@ def test_the_kernel_is_chosen_where_it_is_the_cheapest(monkeypatch):
     monkeypatch.setattr(costs, "calibrated", lambda device, _: known[device])
     whole = (1000, 1000)
     assert costs.cheapest(whole, 5_000, CPU, torch.float32) == "sampled"
-    assert costs.cheapest(whole, 5_000, CUDA, torch.float32) == "triton"
-    assert costs.cheapest(whole, 20_000, CUDA, torch.float32) == "block"
-    assert costs.cheapest((200, 300), 5_000, CUDA, torch.float32) == "block"
+    assert costs.cheapest(whole, 5_000, CUDA, torch.float32) == "block"  # it is small
+    large = (8000, 2000)
+    assert costs.cheapest(large, 80_000, CUDA, torch.float32) == "triton"
+    assert costs.cheapest(large, 400_000, CUDA, torch.float32) == "block"
+    assert costs.cheapest((1000, 800), 5_000, CUDA, torch.float32) == "block"
 
 
 @pytest.mark.usefixtures("pretended")

@@ -15,8 +15,9 @@ from peft_ird.sparse.products import METHODS, available
 
 __all__ = ["Costs", "calibrated", "cheapest"]
 
-# Blocks below this are computed faster than anything could be decided about them.
-_SMALL = 1 << 14
+# Blocks below this are computed faster than anything could be decided about them; on a
+# GPU the fewer kernels of a product count, too.
+_SMALL = {"cpu": 1 << 14, "cuda": 1 << 23}
 # Tokens and side of the products that are timed. A GPU would be through with smaller
 # ones before the next is launched.
 _TIMED = {"cpu": (512, 768), "cuda": (4096, 2048)}
@@ -63,7 +64,8 @@ def cheapest(
         device: Where the product is computed.
         dtype: Type that it is computed in.
     """
-    if block[0] * block[1] <= _SMALL or device.type == "meta":
+    small = _SMALL.get(device.type, _SMALL["cpu"])
+    if block[0] * block[1] <= small or device.type == "meta":
         return "block"
     costs = calibrated(device, dtype)
     return min(METHODS, key=lambda method: costs.of(method, block, k))
@@ -109,14 +111,19 @@ def calibrated(device: torch.device, dtype: torch.dtype) -> Costs:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the shortest of a few times, after one that does not count."""
+    """Return the shortest of a few times, after one that does not count.
+
+    On a GPU each is of several runs: one alone would be over before the next is there.
+    """
+    runs = 10 if device.type == "cuda" else 1
     times = []
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()
-        run()
+        for _ in range(runs):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / runs)
     return min(times[1:])
 
 

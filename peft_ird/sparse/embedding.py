@@ -30,7 +30,8 @@ def plus_rows(
         Shape and dtype of ``y``.
     """
     padding = _NO_PADDING if padding_idx is None else padding_idx
-    return _plus_rows(y, ids, delta.values, delta.indices, padding)
+    found: Tensor = _plus_rows(y, ids, delta.values, delta.indices, padding)
+    return found
 
 
 def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
     Returns:
         Shape ``[*, i]``, dtype of ``weight``.
     """
-    return _rows_of(weight, ids)
+    found: Tensor = _rows_of(weight, ids)
+    return found
 
 
 def _compute_rows_of(weight: Tensor, ids: Tensor) -> Tensor:

@@ -47,10 +47,11 @@ def linear(
         Output. Shape ``[*, o]``, dtype of ``x``.
     """
     support = support_of(delta)
-    return _linear(
+    output: Tensor = _linear(
         x, weight, bias, delta.values, delta.indices, support.rows, support.columns,
-        gradient_in_force(support.gradient), is_transposed,
+        support.known, gradient_in_force(support.gradient), is_transposed,
     )  # fmt: skip
+    return output
 
 
 def _compute(
@@ -61,6 +62,7 @@ def _compute(
     indices: Tensor,
     rows: Tensor,  # noqa: ARG001 (for the backward pass)
     columns: Tensor,  # noqa: ARG001
+    known: Tensor | None,  # noqa: ARG001
     method: str,  # noqa: ARG001
     is_transposed: bool,
 ) -> Tensor:
@@ -100,30 +102,31 @@ _input_gradient = Operator(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
-    x, weight, bias, values, indices, rows, columns, method, is_transposed = inputs
-    ctx.method, ctx.is_transposed = method, is_transposed
+    x, weight, bias, values, indices, rows, columns, known = inputs[:8]
+    ctx.method, ctx.is_transposed = inputs[8:]
     ctx.has_bias = bias is not None
     support = Support((weight.shape[0], weight.shape[1]), rows, columns)
-    needed = kept(x, values, support, is_transposed)
-    ctx.save_for_backward(needed, weight, values, indices, rows, columns)
+    needed = kept(x, values, support, ctx.is_transposed)
+    ctx.save_for_backward(needed, weight, values, indices, rows, columns, known)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed, weight, values, indices, rows, columns = ctx.saved_tensors
+    needed, weight, values, indices, rows, columns, known = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_values = ctx.needs_input_grad[:4]
     assert not needs_weight, "The base weight is frozen."
     for_x = for_values = for_bias = None
     if needs_x:
         for_x = _input_gradient(grad, weight, values, indices, ctx.is_transposed)
     if needs_values:
-        support = Support((weight.shape[0], weight.shape[1]), rows, columns)
+        shape = (weight.shape[0], weight.shape[1])
+        support = Support(shape, rows, columns, known=known)
         for_values = value_gradient(
             grad, needed, values, support.places(indices), rows, columns, ctx.method,
             ctx.is_transposed,
         )  # fmt: skip
     if needs_bias and ctx.has_bias:
         for_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return for_x, None, for_bias, for_values, None, None, None, None, None
+    return for_x, None, for_bias, for_values, *(None,) * 6
 
 
 _linear = Operator("linear", _compute, _fake, _setup, _backward)

@@ -22,10 +22,11 @@ class Operator:
 
     Args:
         name: Its name in the namespace of this package.
-        compute: Returns a new tensor; annotated as `torch.library.custom_op` wants.
-        fake: Returns an empty tensor of that shape and dtype.
+        compute: Returns a new tensor, or several; annotated as
+            `torch.library.custom_op` wants.
+        fake: Returns empty tensors of these shapes and dtypes.
         setup: Saves what backward needs, ``(ctx, inputs, output=...)``.
-        backward: Returns the gradients of all arguments, ``(ctx, grad)``; cannot be
+        backward: Returns the gradients of all arguments, ``(ctx, *grads)``; cannot be
             differentiated. None for an operator without gradients.
         tags: As for `torch.library.custom_op`.
     """
@@ -33,15 +34,17 @@ class Operator:
     def __init__(
         self,
         name: str,
-        compute: Callable[..., Tensor],
-        fake: Callable[..., Tensor],
+        compute: Callable[..., Any],
+        fake: Callable[..., Any],
         setup: Callable[..., None] | None = None,
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
         tags: Sequence[torch.Tag] = (),
     ) -> None:
         @wraps(compute)
-        def fresh(*inputs: Any) -> Tensor:
-            return compute(*inputs).data  # autograd forbids to write to views
+        def fresh(*inputs: Any) -> Any:
+            found = compute(*inputs)  # autograd forbids to write to views
+            is_one = isinstance(found, Tensor)
+            return found.data if is_one else tuple(each.data for each in found)
 
         self.compute = fresh
         self._opaque = torch.library.custom_op(
@@ -53,7 +56,7 @@ class Operator:
             return
         self._opaque.register_autograd(backward, setup_context=setup)
 
-        def forward(ctx: Any, *inputs: Any) -> Tensor:
+        def forward(ctx: Any, *inputs: Any) -> Any:
             output = fresh(*inputs)
             setup(ctx, inputs, output=output)
             return output
@@ -67,11 +70,11 @@ class Operator:
             },
         )
 
-    def __call__(self, first: Tensor, *others: Any) -> Tensor:
+    def __call__(self, first: Tensor, *others: Any) -> Any:
         """Compute; the first argument tells whether there are numbers."""
         is_opaque = type(first) not in _PLAIN or first.is_meta
         if is_opaque or torch.compiler.is_compiling():
-            found: Tensor = self._opaque(first, *others)
+            found = self._opaque(first, *others)
         elif self._function is None or not torch.is_grad_enabled():
             found = self.compute(first, *others)
         else:

@@ -15,14 +15,8 @@ from peft_ird.sparse.linear import affine
 from peft_ird.sparse.operator import Operator
 from peft_ird.sparse.products import computable
 from peft_ird.sparse.support import Support
-from peft_ird.sparse.values import (
-    kept,
-    support_of,
-    taken,
-    value_gradient,
-    without_autocast,
-)
-from peft_ird.sparse.ways import gradient_in_force
+from peft_ird.sparse.values import entries, support_of, taken, without_autocast
+from peft_ird.sparse.ways import gradient_in_force, is_autocast
 
 __all__ = ["linear_and_product", "plus_product"]
 
@@ -35,12 +29,13 @@ def plus_product(
     delta: SparseDelta,
     is_transposed: bool = False,
 ) -> Tensor:
-    r"""Return :math:`y + x \Delta^\top`, with sums in float32 or better.
+    r"""Return :math:`y + x \Delta^\top`.
 
     Args:
         y: Output of the base layer. Shape ``[*, o]``, any floating type.
-        x: Input. Shape ``[*, i]``. In 16 bits on a GPU the values are rounded to its
-            type; else the product is computed in float32 or better.
+        x: Input. Shape ``[*, i]``. In 16 bits on a GPU, under autocast too, the values
+            and their product are rounded to its type; else the product is computed in
+            float32 or better.
         delta: Its values own the gradient; it has a support.
         is_transposed: Whether the weight is ``[i, o]``.
 
@@ -48,11 +43,16 @@ def plus_product(
         Shape and dtype of ``y``.
     """
     support = support_of(delta)
-    return _plus_product(
+    kind = x.device.type
+    if x.is_cuda and x.dtype == torch.float32 and is_autocast(kind):
+        x = x.to(torch.get_autocast_dtype(kind))  # as the base layer does
+    output: Tensor
+    output, _ = _plus_product(
         y, x, delta.values, support.places(delta.indices), support.rows,
         support.columns, list(support.shape), gradient_in_force(support.gradient),
         is_transposed,
     )  # fmt: skip
+    return output
 
 
 def linear_and_product(
@@ -75,10 +75,12 @@ def linear_and_product(
         Shape ``[*, o]``, dtype of ``x``.
     """
     support = support_of(delta)
-    return _linear_and_product(
+    output: Tensor
+    output, _ = _linear_and_product(
         x, weight, bias, delta.values, support.places(delta.indices), support.rows,
         support.columns, gradient_in_force(support.gradient), is_transposed,
     )  # fmt: skip
+    return output
 
 
 def _compute_plus_product(
@@ -91,16 +93,11 @@ def _compute_plus_product(
     shape: Sequence[int],
     method: str,  # noqa: ARG001 (for the backward pass)
     is_transposed: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     out = y.clone(memory_format=torch.contiguous_format)
     with without_autocast(x):
         delta = _Oriented(x, values, places, rows, columns, shape, is_transposed)
-        delta.add_product_(out, x)
-    return out
-
-
-def _fake_plus_product(y: Tensor, *_: Any) -> Tensor:
-    return y.new_empty(y.shape)
+        return out, delta.add_product_(out, x)
 
 
 def _compute_linear_and_product(
@@ -113,19 +110,66 @@ def _compute_linear_and_product(
     columns: Tensor,
     method: str,  # noqa: ARG001 (for the backward pass)
     is_transposed: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     y = affine(x, weight, bias, is_transposed)
     delta = _Oriented(x, values, places, rows, columns, weight.shape, is_transposed)
-    delta.add_product_(y, x)
-    return y
+    return y, delta.add_product_(y, x)
 
 
-def _fake_linear_and_product(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[1 if others[-1] else 0])
+def _fake_plus_product(y: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    rows, columns, is_transposed = others[2], others[3], others[-1]
+    return y.new_empty(y.shape), _fake_copy(x, rows if is_transposed else columns)
 
 
-def _compute_product_input_gradient(
+def _fake_linear_and_product(
+    x: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    rows, columns, is_transposed = others[3], others[4], others[-1]
+    y = x.new_empty(*x.shape[:-1], weight.shape[1 if is_transposed else 0])
+    return y, _fake_copy(x, rows if is_transposed else columns)
+
+
+def _fake_copy(side: Tensor, used: Tensor) -> Tensor:
+    tokens = side.reshape(-1, side.shape[-1]).shape[0]
+    return side.new_empty(tokens, used.numel()) if used.numel() else side.new_empty(0)
+
+
+def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, x, values, places, rows, columns, shape, method, is_transposed = inputs
+    ctx.shape, ctx.method, ctx.is_transposed = shape, method, is_transposed
+    _save(ctx, x, output[1], None, values, places, rows, columns)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, _, values, places, rows, columns, method, is_transposed = inputs
+    ctx.shape, ctx.method, ctx.is_transposed = [*weight.shape], method, is_transposed
+    _save(ctx, x, output[1], weight, values, places, rows, columns)
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    some: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    places: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+) -> None:
+    """Save what was taken of the input; the input itself where that is all of it."""
+    ctx.mark_non_differentiable(some)
+    ctx.set_materialize_grads(False)
+    ctx.dtype = x.dtype
+    is_all = not (rows if ctx.is_transposed else columns).numel()
+    kept = x.reshape(-1, x.shape[-1]) if is_all else some
+    if not values.requires_grad:
+        kept = x.new_empty(0)
+    ctx.save_for_backward(kept, weight, values, places, rows, columns)
+
+
+def _compute_gradients(
     grad: Tensor,
+    kept: Tensor,
     weight: Tensor | None,
     values: Tensor,
     places: Tensor,
@@ -133,81 +177,73 @@ def _compute_product_input_gradient(
     columns: Tensor,
     shape: Sequence[int],
     dtype: torch.dtype,
+    method: str,
     is_transposed: bool,
-) -> Tensor:
-    """Return the gradient that comes through the delta, and the weight if given."""
-    width = shape[0 if is_transposed else 1]
+    needs_x: bool,
+    needs_values: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the input, by the weight too if it is given, and values.
+
+    One that is not needed is empty.
+    """
+    for_x, for_values = grad.new_empty(0, dtype=dtype), values.new_empty(0)
+    some = taken(grad.reshape(-1, grad.shape[-1]), columns if is_transposed else rows)
     with without_autocast(grad):
-        if weight is None:
-            out = grad.new_zeros(*grad.shape[:-1], width, dtype=dtype)
-        else:
-            out = grad @ (weight.t() if is_transposed else weight)
-        delta = _Oriented(grad, values, places, rows, columns, shape, is_transposed)
-        delta.add_product_(out, grad, is_backward=True)
-    return out
-
-
-def _fake_product_input_gradient(grad: Tensor, *others: Any) -> Tensor:
-    shape, dtype, is_transposed = others[-3:]
-    return grad.new_empty(
-        *grad.shape[:-1], shape[0 if is_transposed else 1], dtype=dtype
-    )
-
-
-def _product_setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
-    _, x, values, places, rows, columns, shape, method, is_transposed = inputs
-    ctx.shape, ctx.method, ctx.is_transposed = shape, method, is_transposed
-    ctx.dtype = x.dtype
-    support = Support((shape[0], shape[1]), rows, columns)
-    needed = kept(x, values, support, is_transposed)
-    ctx.save_for_backward(needed, None, values, places, rows, columns)
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
-    x, weight, _, values, places, rows, columns, method, is_transposed = inputs
-    ctx.shape, ctx.method, ctx.is_transposed = [*weight.shape], method, is_transposed
-    ctx.dtype = x.dtype
-    support = Support((weight.shape[0], weight.shape[1]), rows, columns)
-    needed = kept(x, values, support, is_transposed)
-    ctx.save_for_backward(needed, weight, values, places, rows, columns)
-
-
-def _gradients(
-    ctx: Any, grad: Tensor, needs_x: bool, needs_values: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    needed, weight, values, places, rows, columns = ctx.saved_tensors
-    for_x = for_values = None
-    if needs_x:
-        for_x = _product_input_gradient(
-            grad, weight, values, places, rows, columns, ctx.shape, ctx.dtype,
-            ctx.is_transposed,
-        )  # fmt: skip
-    if needs_values:
-        for_values = value_gradient(
-            grad, needed, values, places, rows, columns, ctx.method, ctx.is_transposed
-        )
+        if needs_x:
+            width = shape[0 if is_transposed else 1]
+            if weight is None:
+                for_x = grad.new_zeros(*grad.shape[:-1], width, dtype=dtype)
+            else:
+                for_x = grad @ (weight.t() if is_transposed else weight)
+            delta = _Oriented(grad, values, places, rows, columns, shape, is_transposed)
+            delta.add_input_gradient_(for_x, some)
+        if needs_values:
+            for_values = entries(some, kept, values, places, method, is_transposed)
     return for_x, for_values
 
 
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _fake_gradients(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    values, (shape, dtype), is_transposed = others[2], others[6:8], others[-3]
+    needs_x, needs_values = others[-2:]
+    sizes = (*grad.shape[:-1], shape[0 if is_transposed else 1]) if needs_x else (0,)
+    for_values = values.new_empty(values.shape if needs_values else 0)
+    return grad.new_empty(sizes, dtype=dtype), for_values
+
+
+_gradients = Operator("product_gradients", _compute_gradients, _fake_gradients)
+
+
+def _through(
+    ctx: Any, grad: Tensor | None, needs_x: bool, needs_values: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the input and of the values, as far as needed."""
+    if grad is None or not (needs_x or needs_values):
+        return None, None
+    for_x, for_values = _gradients(
+        grad, *ctx.saved_tensors, ctx.shape, ctx.dtype, ctx.method, ctx.is_transposed,
+        needs_x, needs_values,
+    )  # fmt: skip
+    return for_x if needs_x else None, for_values if needs_values else None
+
+
+def _product_backward(
+    ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     needs_y, needs_x, needs_values = ctx.needs_input_grad[:3]
-    found = _gradients(ctx, grad, needs_x, needs_values)
+    found = _through(ctx, grad, needs_x, needs_values)
     return grad if needs_y else None, *found, *(None,) * 6
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_backward(
+    ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     needs_x, needs_weight, needs_bias, needs_values = ctx.needs_input_grad[:4]
     assert not needs_weight, "The base weight is frozen."
     assert not needs_bias, "The base layer's bias is frozen."
-    for_x, for_values = _gradients(ctx, grad, needs_x, needs_values)
+    for_x, for_values = _through(ctx, grad, needs_x, needs_values)
     return for_x, None, None, for_values, *(None,) * 5
 
 
-_product_input_gradient = Operator(
-    "product_input_gradient",
-    _compute_product_input_gradient,
-    _fake_product_input_gradient,
-)
 _plus_product = Operator(
     "plus_product",
     _compute_plus_product,
@@ -246,26 +282,40 @@ class _Oriented:
         )
         self.block = block if is_transposed else block.t()
 
-    def add_product_(
-        self, out: Tensor, side: Tensor, is_backward: bool = False
-    ) -> None:
-        """Add the product of a side and the block to ``out``, rounded once.
+    def add_product_(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add the product of an input and the block to an output.
 
         Args:
-            out: Shape ``[*, o]``, or ``[*, i]`` backward; contiguous.
-            side: Shape ``[*, i]``, or ``[*, o]`` backward.
-            is_backward: Whether it goes from outputs to inputs.
+            y: Shape ``[*, o]``, contiguous.
+            x: Shape ``[*, i]``.
+
+        Returns:
+            The used columns of the input. Shape ``[t, used inputs]``; ``[0]`` where
+            that is all of it.
         """
-        block, used, target = self.block, self.inputs, self.outputs
-        if is_backward:
-            block, used, target = block.t(), target, used
-        some = taken(side.reshape(-1, side.shape[-1]), used)
-        share = some.to(block.dtype) @ block
-        flat = out.view(-1, out.shape[-1])
-        if not target.numel():
-            flat += share
-        elif share.dtype == flat.dtype:
-            flat.index_add_(1, target, share)
-        else:
-            sums = flat.index_select(1, target) + share
-            flat.index_copy_(1, target.long(), sums.to(flat.dtype))
+        some = taken(x.reshape(-1, x.shape[-1]), self.inputs)
+        _add_product_(y, some, self.block, self.outputs)
+        return some if self.inputs.numel() else x.new_empty(0)
+
+    def add_input_gradient_(self, out: Tensor, grad: Tensor) -> None:
+        """Add the gradient of the input to ``out``.
+
+        Args:
+            out: Shape ``[*, i]``, contiguous.
+            grad: Gradient of the used outputs. Shape ``[t, used outputs]``.
+        """
+        _add_product_(out, grad, self.block.t(), self.inputs)
+
+
+def _add_product_(out: Tensor, side: Tensor, block: Tensor, target: Tensor) -> None:
+    """Add the product of a side and a block to some columns of ``out``, or to all."""
+    flat, side = out.view(-1, out.shape[-1]), side.to(block.dtype)
+    if not target.numel() and flat.dtype == block.dtype:
+        flat.addmm_(side, block)  # rounded once
+    elif not target.numel():
+        flat += side @ block
+    elif flat.dtype == block.dtype:
+        flat.index_add_(1, target, side @ block)
+    else:
+        sums = flat.index_select(1, target) + side @ block
+        flat.index_copy_(1, target.long(), sums.to(flat.dtype))

@@ -15,6 +15,9 @@ __all__ = ["Support"]
 
 # A copy of more than this share of the columns of an input costs more than it saves.
 _DENSE = 0.5
+# A GPU multiplies 16-bit matrices of odd sizes no faster than ones a hundred times as
+# large; there some rows and columns without entries are taken along.
+_MULTIPLE = {"cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Support:
         if indices.is_meta:
             none = indices.new_empty(0, dtype=torch.int32)
             return cls((shape[0], shape[1]), none, none)
+        multiple = _MULTIPLE.get(indices.device.type, 1)
         rows, columns = (
-            _used(numbers, size)
+            _used(numbers, size, multiple)
             for numbers, size in zip(_divided(indices, shape[1]), shape, strict=True)
         )
         found = cls((shape[0], shape[1]), rows, columns)
@@ -84,8 +88,7 @@ class Support:
             values: Shape ``[k]``.
         """
         height, width = self.block
-        flat = values.new_zeros(height * width)
-        flat[places] = values
+        flat = values.new_zeros(height * width).index_add_(0, places, values)
         return flat.view(height, width)
 
 
@@ -94,9 +97,14 @@ def _divided(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return row, indices - row * width
 
 
-def _used(numbers: Tensor, size: int) -> Tensor:
-    """Return the distinct numbers below ``size``; none if they are most of them."""
+def _used(numbers: Tensor, size: int, multiple: int = 1) -> Tensor:
+    """Return the distinct numbers below ``size``; none if they are most of them.
+
+    So many others are among them that their count is a multiple, if there are enough.
+    """
     is_used = torch.zeros(size, dtype=torch.bool, device=numbers.device)
     is_used[numbers.long()] = True
+    missing = -int(is_used.sum()) % multiple
+    is_used[is_used.logical_not().nonzero().flatten()[:missing]] = True
     used = is_used.nonzero().flatten().int()
     return used if len(used) <= _DENSE * size else used.new_empty(0)

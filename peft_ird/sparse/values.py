@@ -15,7 +15,14 @@ from peft_ird.sparse.products import METHODS
 from peft_ird.sparse.support import Support
 from peft_ird.sparse.ways import is_autocast
 
-__all__ = ["kept", "support_of", "taken", "value_gradient", "without_autocast"]
+__all__ = [
+    "entries",
+    "kept",
+    "support_of",
+    "taken",
+    "value_gradient",
+    "without_autocast",
+]
 
 
 def support_of(delta: SparseDelta) -> Support:
@@ -52,26 +59,21 @@ def _compute(
     method: str,
     is_transposed: bool,
 ) -> Tensor:
-    """Return the gradient of the values, on the used rows and columns.
+    """Return the gradient of the values.
 
     Args:
         grad: Gradient of the output. Shape ``[*, o]``.
         kept: What `kept` returned.
-        values: The values. Shape ``[k]``.
-        places: Their positions in the block, as `Support.places`. Shape ``[k]``.
+        values: As for `entries`.
+        places: As for `entries`.
         rows: As in `Support`.
         columns: As in `Support`.
-        method: One of `METHODS`.
-        is_transposed: Whether the weight is ``[i, o]``.
+        method: As for `entries`.
+        is_transposed: As for `entries`.
     """
-    if not places.numel() or not kept.numel():
-        return torch.zeros_like(values)
-    outputs = columns if is_transposed else rows
-    left, right = taken(grad.reshape(-1, grad.shape[-1]), outputs), kept
-    if is_transposed:
-        left, right = right, left
+    some = taken(grad.reshape(-1, grad.shape[-1]), columns if is_transposed else rows)
     with without_autocast(grad):
-        return METHODS[method](left, right, places).to(values.dtype)
+        return entries(some, kept, values, places, method, is_transposed)
 
 
 def _fake(*args: Any) -> Tensor:
@@ -79,6 +81,30 @@ def _fake(*args: Any) -> Tensor:
 
 
 value_gradient = Operator("value_gradient", _compute, _fake)
+
+
+def entries(
+    grad: Tensor,
+    kept: Tensor,
+    values: Tensor,
+    places: Tensor,
+    method: str,
+    is_transposed: bool,
+) -> Tensor:
+    """Return the gradient of the values, on the used rows and columns.
+
+    Args:
+        grad: Gradient of the used outputs. Shape ``[t, used outputs]``.
+        kept: What `kept` returned.
+        values: The values. Shape ``[k]``.
+        places: Their positions in the block, as `Support.places`. Shape ``[k]``.
+        method: One of `METHODS`.
+        is_transposed: Whether the weight is ``[i, o]``.
+    """
+    if not places.numel() or not kept.numel():
+        return torch.zeros_like(values)
+    left, right = (kept, grad) if is_transposed else (grad, kept)
+    return METHODS[method](left, right, places).to(values.dtype)
 
 
 def taken(matrix: Tensor, columns: Tensor) -> Tensor:
