@@ -125,12 +125,12 @@ class Linear(Affine):
         base = self.get_base_layer()
         weight = base.weight  # under FSDP no parameter, but a view
         return (
-            self._is_alone()
-            and "forward" not in base.__dict__
-            and type(weight) in {Tensor, nn.Parameter}
-            and weight.dtype in {torch.float32, torch.float64}
-            and not weight.requires_grad
+            weight.dtype in {torch.float32, torch.float64}
             and x.dtype == weight.dtype
+            and type(weight) in {Tensor, nn.Parameter}
+            and not weight.requires_grad
+            and "forward" not in base.__dict__
+            and self._is_alone()
             and not is_autocast(x.device.type)
         )
 

@@ -31,20 +31,20 @@ def with_delta(weight: Tensor, indices: Tensor, values: Tensor) -> Iterator[Tens
     Yields:
         The weight with the delta, for use inside only.
     """
-    lent, places = weight.data, indices.long()
+    lent, added = weight.data, values.detach().to(weight.dtype)
     if not _is_lendable(lent):
         lent = lent.clone(memory_format=torch.contiguous_format)
-        lent.view(-1)[places] += values.detach().to(lent.dtype)
+        lent.view(-1).index_add_(0, indices, added)
         yield lent
         return
     flat = lent.view(-1)
     with _lock(lent):
-        kept = flat[places]
+        kept = flat.index_select(0, indices)
         try:
-            flat[places] = kept + values.detach().to(lent.dtype)
+            flat.index_add_(0, indices, added)
             yield lent
         finally:
-            flat[places] = kept
+            flat[indices] = kept
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def unlent(weight: Tensor) -> Iterator[None]:
 
 
 def _is_lendable(weight: Tensor) -> bool:
-    is_seen = weight.device.type == "cpu" and weight.is_shared()
+    is_seen = weight.device.type == "cpu" and weight.untyped_storage().is_shared()
     is_locked = weight.is_inference() and not torch.is_inference_mode_enabled()
     return weight.is_contiguous() and not is_seen and not is_locked
 

@@ -73,6 +73,8 @@ class Support:
         """Return the positions of the entries in the block. Shape ``[k]``, integer."""
         if self.known is not None:
             return self.known
+        if not (self.rows.numel() or self.columns.numel()):
+            return indices
         row, column = _divided(indices, self.shape[1])
         if self.rows.numel():
             row = torch.searchsorted(self.rows, row)
