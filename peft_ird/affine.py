@@ -71,7 +71,7 @@ class Affine(IRDLayer):
         base = self.get_base_layer()
         device = next(iter(dense.values())).device
         zeros = {
-            name: torch.zeros(parameter.shape, device=device)
+            name: torch.zeros(parameter.shape, dtype=torch.float32, device=device)
             for name, parameter in base.named_parameters(recurse=False)
         }
         args, kwargs = tree_map_only(Tensor, _raised, (args, kwargs))

@@ -121,7 +121,9 @@ class Combination:
             count = max(1, int(self.density * len(values)))  # small biases have one
             largest = values.abs().topk(count).indices
             return torch.zeros_like(values).index_copy_(0, largest, values[largest])
-        chance = torch.rand(len(values), generator=random).to(values.device)
+        chance = torch.rand(len(values), generator=random, device="cpu").to(
+            values.device
+        )
         return torch.where(chance < self.density, values / self.density, 0.0)
 
 

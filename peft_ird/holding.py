@@ -28,10 +28,12 @@ class Codes(BufferDict):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(persistent=True)
-        self.read: set[str] = set()  # adapters whose codes are made when they are saved
+        self._read: set[str] = (
+            set()
+        )  # adapters whose codes are made when they are saved
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("read", ()):
+        if name in self.__dict__.get("_read", ()):
             return torch.empty(0, dtype=torch.uint8)
         return super().__getattr__(name)
 
@@ -78,7 +80,7 @@ class Holding(Merging):
         weights = map(self._base_parameter, self.entry_counts(adapter))
         device = next((device_of(weight) for weight in weights), None)
         blank = torch.full((size,), 255, dtype=torch.uint8, device=device)
-        self.irdelta_coded.read.discard(adapter)
+        self.irdelta_coded._read.discard(adapter)
         self.irdelta_coded[adapter] = blank
         self._unchecked.add(adapter)
 
@@ -88,13 +90,13 @@ class Holding(Merging):
         self._find_supports(adapter)
         if adapter in self.irdelta_coded:
             del self.irdelta_coded[adapter]
-        self.irdelta_coded.read.add(adapter)
+        self.irdelta_coded._read.add(adapter)
         self._unchecked.discard(adapter)  # last: other threads may go on now
 
     def _forget(self, adapter: str) -> None:
         """Drop what is known of an adapter that is no longer held."""
         self._unchecked.discard(adapter)
-        self.irdelta_coded.read.discard(adapter)
+        self.irdelta_coded._read.discard(adapter)
         for known in (self._supports, self._fingerprints, self._numels):
             known.pop(adapter, None)
 
@@ -142,7 +144,7 @@ class Holding(Merging):
             adapter_name: The adapter.
         """
         self._fingerprints.pop(adapter_name, None)
-        if adapter_name in self.irdelta_coded.read:
+        if adapter_name in self.irdelta_coded._read:
             plain = dict(self.irdelta_indices[adapter_name].items())
             code = self._code(plain, self._numels[adapter_name])
             self._make_room(adapter_name, code.numel())
@@ -175,8 +177,7 @@ class Holding(Merging):
         """Decode and check indices that came from outside, before they are used."""
         if adapter not in self._unchecked:
             return
-        plain = self.irdelta_indices[adapter]
-        if adapter not in self.irdelta_coded or any(t.is_meta for t in plain.values()):
+        if adapter not in self.irdelta_coded or self.irdelta_coded[adapter].is_meta:
             self._check_plain(adapter)
             return
         if self.is_unloaded(adapter):
@@ -202,6 +203,7 @@ class Holding(Merging):
                 "the base model that adapter_config.json names, or load inside `with "
                 "peft_ird.ignoring_base_mismatch():` all the same."
             )
+        plain = self.irdelta_indices[adapter]
         for name, indices in found.items():
             plain[name] = indices.to(device_of(self._base_parameter(name)))
         self._fingerprints.pop(adapter, None)

@@ -15,7 +15,7 @@ from peft_ird.config import IRDConfig
 from peft_ird.kinds import wrap
 from peft_ird.layer import IRDLayer, layers_of
 from peft_ird.merging import is_low_precision
-from peft_ird.sparse.storage import plain_name
+from peft_ird.sparse.storage import plain_name, unwrapped_name
 from peft_ird.targets import base_model, base_modules
 
 __all__ = [
@@ -194,7 +194,7 @@ def without_targets(model: nn.Module, config: IRDConfig) -> Iterator[None]:
         config: The configuration, with its entries.
     """
     wrapped = {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    parents = {plain_name(name) + "." for name in wrapped}
+    parents = {unwrapped_name(name) + "." for name in wrapped}
     names = config.nnz_pattern or {}
     targets = config.target_modules
     if names and all(any(map(name.startswith, parents)) for name in names):

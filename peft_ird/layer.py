@@ -13,7 +13,7 @@ from peft_ird.mixed_batch import BASE, by_sample
 from peft_ird.reading import Reading
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
-from peft_ird.sparse.storage import plain_name
+from peft_ird.sparse.storage import unwrapped_name
 from peft_ird.substitution import call_with_parameters, onloaded
 from peft_ird.targets import base_model
 
@@ -315,7 +315,7 @@ def layers_of(model: nn.Module) -> dict[str, IRDLayer]:
         model: A base model, or PEFT's or the tuner's model around it.
     """
     return {
-        plain_name(name): module
+        unwrapped_name(name): module
         for name, module in base_model(model).named_modules()
         if isinstance(module, IRDLayer)
     }

@@ -140,11 +140,20 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             for name, kept in self.irdelta_originals[adapter].items():
-                weight = self._base_parameter(name).data
-                now = gather(weight, kept["indices"])
-                entries = _undone(now, kept["entries"], kept["written"])
-                scatter_(weight, kept["indices"], entries)
+                _undo_(self._base_parameter(name).data, kept)
             del self.irdelta_originals[adapter]
+
+    def unmerged(self, name: str) -> Tensor:
+        """Return a base parameter as it was before anything was merged, a copy.
+
+        Args:
+            name: The parameter.
+        """
+        weight = self._base_parameter(name).detach().clone()
+        for adapter in reversed(self.merged_adapters):
+            if name in self.irdelta_originals[adapter]:
+                _undo_(weight, self.irdelta_originals[adapter][name])
+        return weight
 
     def _original_entries(self, name: str, indices: Tensor) -> Tensor:
         """Return base entries as they were before anything was merged. Shape [k]."""
@@ -190,6 +199,13 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
             }
             kept[name] = BufferDict(found, persistent=False)
         self.irdelta_originals[adapter] = kept
+
+
+def _undo_(weight: Tensor, kept: Mapping[str, Tensor]) -> None:
+    """Put back what merging overwrote."""
+    now = gather(weight, kept["indices"])
+    entries = _undone(now, kept["entries"], kept["written"])
+    scatter_(weight, kept["indices"], entries)
 
 
 def _undone(now: Tensor, before: Tensor, written: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     check_target_module_exists,
@@ -38,9 +39,9 @@ from peft_ird.sparse.storage import (
     VALUES,
     entry_counts,
     name_alone,
-    plain_name,
     read_entries,
     replaced_modules,
+    unwrapped_name,
     with_coded_indices,
 )
 from peft_ird.targets import base_model
@@ -91,6 +92,12 @@ class IRDModel(UnloadsNested):
         Raises:
             ValueError: As the class says.
         """
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"The model is a {type(model).__name__} already, and what is trained "
+                "inside it could not be saved. Call its `add_adapter` instead; to "
+                "combine kinds of adapters, pass `mixed=True` to `get_peft_model`."
+            )
         model = base_model(model)
         config: IRDConfig = self.peft_config[adapter_name]
         given = config.selection
@@ -112,7 +119,7 @@ class IRDModel(UnloadsNested):
 
     @staticmethod
     def _check_target_module_exists(config: IRDConfig, key: str) -> Any:
-        key = plain_name(key)
+        key = unwrapped_name(key)
         if key in (config.nnz_pattern or ()):
             return True
         if config.target_modules is None:
@@ -134,7 +141,7 @@ class IRDModel(UnloadsNested):
         *_: Any,
         current_key: str,
     ) -> None:
-        name = plain_name(current_key)
+        name = unwrapped_name(current_key)
         if name in (config.nnz_pattern or ()):
             install(base_model(self), config, adapter_name, target, name)
 
@@ -239,6 +246,7 @@ class IRDModel(UnloadsNested):
         state_dict: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, *args, **kw
         )
+        _unmerge_embeddings(model, kw.get("state_dict", {}))
         # The config may have served another model since. Under FSDP only the state dict
         # has whole tensors, so shapes are read anew only where they must be.
         named = {cls._remove_adapter_name_from_key(k, adapter_name): v
@@ -291,3 +299,16 @@ class IRDModel(UnloadsNested):
             model, config, adapter_name, as_named_here(model, state_dict)
         )
         return mapped
+
+
+def _unmerge_embeddings(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put embeddings as they were before merging among tensors: PEFT may save them."""
+    if not any(layer.merged for layer in layers_of(model).values()):
+        return
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, get, lambda: None)()
+        if isinstance(layer, IRDLayer) and layer.merged:
+            merged, original = layer._base_parameter("weight"), layer.unmerged("weight")
+            for key, tensor in tensors.items():
+                if tensor.data_ptr() == merged.data_ptr():
+                    tensors[key] = original

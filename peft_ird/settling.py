@@ -13,7 +13,14 @@ from peft_ird.layer import IRDLayer
 from peft_ird.record import check_base, provenance
 from peft_ird.selection.criteria import METHODS
 from peft_ird.sparse.coding import pack
-from peft_ird.sparse.storage import CODED, VALUES, Entries, entry_counts, plain_name
+from peft_ird.sparse.storage import (
+    CODED,
+    VALUES,
+    Entries,
+    entry_counts,
+    plain_name,
+    unwrapped_name,
+)
 from peft_ird.targets import (
     base_model,
     base_modules,
@@ -110,7 +117,7 @@ def _check_heads(model: nn.Module, config: IRDConfig) -> None:
     """Refuse to train a module whole that has entries of another adapter in it."""
     taken = [n for n, m in model.named_modules() if isinstance(m, IRDLayer)]
     for name in taken:
-        if is_in_head(plain_name(name), config):
+        if is_in_head(unwrapped_name(name), config):
             raise ValueError(
                 f"`modules_to_save` covers '{name}', in which another adapter has "
                 "selected entries. Leave it out, or use a model without that adapter."

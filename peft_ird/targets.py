@@ -21,7 +21,7 @@ from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.ird import Walk, walk
 from peft_ird.selection.pool import Pool
 from peft_ird.selection.selection import Selection
-from peft_ird.sparse.storage import plain_name
+from peft_ird.sparse.storage import unwrapped_name
 
 __all__ = [
     "base_model",
@@ -238,7 +238,7 @@ def base_modules(
         seen.add(id(module))
         yield name, module
         for child_name, child in module.named_children():
-            yield from visit(child, plain_name(f"{name}.{child_name}").lstrip("."))
+            yield from visit(child, unwrapped_name(f"{name}.{child_name}").lstrip("."))
 
     return visit(model, name)
 

@@ -468,3 +468,32 @@ def test_replicas_of_data_parallel_are_refused():
     layer(torch.randn(2, 4))
     with pytest.raises(RuntimeError, match="Start the script by torchrun"):
         layer._replicate_for_data_parallel()(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_do_not_depend_on_the_default_type(dtype):
+    torch.manual_seed(0)
+    norm = nn.Sequential(nn.LayerNorm(8)).to(dtype)
+    settings = IRDConfig(density=0.3, method="random", init_weights=False)
+    model, x = get_peft_model(norm, settings), torch.randn(3, 8, dtype=dtype)
+    assert len(model.base_model.model[0].entry_counts("default")) == 1
+    expected = model(x)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(model(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:.*(trace|TracerWarning)")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_traced_model_computes_with_what_it_is_given(dtype):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.ReLU()).to(dtype)
+    settings = IRDConfig(density=0.5, method="random", init_weights=False)
+    model = get_peft_model(base, settings, autocast_adapter_dtype=False)
+    first, second = torch.tensor([[1, 2]]), torch.tensor([[3, 4]])
+    with torch.no_grad():
+        traced = torch.jit.trace(model, first)
+        torch.testing.assert_close(traced(second), model(second), rtol=0.02, atol=0.02)
+        assert not torch.equal(traced(first), traced(second))

@@ -1008,3 +1008,41 @@ def test_files_do_not_tell_which_other_adapters_there_were(order, tmp_path):
         for each in order:
             both.set_adapter(each)
             assert torch.equal(both(x), expected[each])
+
+
+class Reward(nn.Module):
+    """A model around another, under the name that PEFT uses as well."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.base_model = inside
+        self.score = nn.Linear(inside.config.vocab_size, 1)
+
+    def forward(self, **batch):
+        return self.score(self.base_model(**batch).logits)
+
+
+def test_a_model_with_a_base_model_of_its_own_is_saved(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return Reward(make_model("llama"))
+
+    settings = IRDConfig(density=0.1, method="random", init_weights=False)
+    model, batch = get_peft_model(made(), settings).eval(), make_batch("llama")
+    batch.pop("labels", None)
+    with torch.no_grad():
+        expected = model(**batch)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(made(), tmp_path).eval()(**batch)
+    assert torch.equal(loaded, expected)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*(second time|`peft_config` attribute):UserWarning"
+)
+def test_a_model_around_another_adapter_is_refused():
+    model = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM"))
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="is a PeftModelForCausalLM .*mixed="):
+        get_peft_model(model, IRDConfig(density=0.1, method="random"))
+    assert [name for name, _ in model.named_modules()] == names

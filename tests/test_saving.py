@@ -504,3 +504,56 @@ def test_an_adapter_saved_again_beside_more_rows_is_sized_by_its_configuration(
     native = make_model("llama")
     native.load_adapter(str(tmp_path / "two"))
     assert torch.equal(logits(native, "llama"), expected[..., :40])
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer tied:UserWarning")
+def test_weights_that_are_assigned_to_a_model_on_meta(name):
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(name), config(name))
+    expected = logits(model, name)
+    state = dict(model.state_dict())
+    for is_merged in (False, True):
+        empty = copy.deepcopy(model).to("meta")
+        own = {k: b.clone() for k, b in model.named_buffers() if k not in state}
+        empty.load_state_dict(copy.deepcopy(state), assign=True)  # tied tensors, too
+        for key, buffer in own.items():  # what a state dict does not have
+            if "irdelta" not in key:
+                holder, _, last = key.rpartition(".")
+                setattr(empty.get_submodule(holder), last, buffer)
+        found = empty.merge_and_unload() if is_merged else empty
+        torch.testing.assert_close(logits(found, name), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*merged:UserWarning")
+def test_embeddings_are_saved_as_before_merging(tmp_path):
+    base = make_model("llama")
+    model = get_peft_model(copy.deepcopy(base), config("llama"))
+    expected = logits(model, "llama")
+    model.merge_adapter()
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    torch.testing.assert_close(logits(model, "llama"), expected)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    whole = [k for k in saved if "irdelta" not in k and saved[k].ndim == 2]
+    assert whole
+    table = base.get_input_embeddings().weight
+    assert all(torch.equal(saved[key], table) for key in whole)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(logits(loaded, "llama"), expected)
+
+
+def test_files_do_not_depend_on_the_default_device(tmp_path):
+    model = get_peft_model(make_model("bert"), config("bert"))
+    model.save_pretrained(tmp_path / "cpu")
+    with torch.device("meta"):
+        model.save_pretrained(tmp_path / "other")
+    files = [tmp_path / f / "adapter_model.safetensors" for f in ("cpu", "other")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_adapter_may_be_called_read(tmp_path):
+    model = get_peft_model(make_model("bert"), config("bert"), adapter_name="read")
+    expected = logits(model, "bert")
+    model.save_pretrained(tmp_path)
+    folder = tmp_path / "read"
+    loaded = PeftModel.from_pretrained(make_model("bert"), folder, adapter_name="read")
+    assert torch.equal(logits(loaded, "bert"), expected)

@@ -289,6 +289,19 @@ def test_functions_count_by_their_names(tmp_path):
         run(tmp_path, one_way, data=Calibration(data["data"], partial(one_way)))
 
 
+def scaled(_, rate, sizes=(), start=None):  # noqa: ARG001 (only its name counts)
+    return rate
+
+
+def test_what_partial_functions_were_given_counts(tmp_path):
+    run(tmp_path, partial(scaled, rate=1.0, sizes=[1, 2], start=one_way))
+    same = partial(scaled, start=one_way, rate=1.0, sizes=[1, 2])
+    assert set(run(tmp_path, same).scores) == {1.0}
+    for change in ({"rate": 2.0}, {"sizes": [1, 3]}, {"start": another_way}):
+        with pytest.raises(ValueError, match=r"evaluate\.name is '.*scaled\(.*there"):
+            run(tmp_path, partial(same, **change))
+
+
 def test_a_search_that_could_not_select_leaves_its_place(tmp_path):
     with pytest.raises(ValueError, match="200"):
         run(tmp_path, Evaluate(), config(num_ranked_samples=200))

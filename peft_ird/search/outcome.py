@@ -66,14 +66,27 @@ def name_of(part: Any) -> str | None:
     """Return where a function, class or the class of an object is defined.
 
     Args:
-        part: A function, partial function, class or object; None has no name.
+        part: A function, partial function, class or object; None has no name. What a
+            partial function was given is told as well.
     """
     if part is None:
         return None
     if isinstance(part, partial):
-        part = part.func
+        given = [*map(_told, part.args)]
+        given += [f"{name}={_told(v)}" for name, v in sorted(part.keywords.items())]
+        return f"{name_of(part.func)}({', '.join(given)})"
     named = part if hasattr(part, "__qualname__") else type(part)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _told(value: Any) -> str:
+    """Return a number, text or tree of them; of others, where they are defined."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_told, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k}: {_told(v)}' for k, v in value.items())}}}"
+    is_plain = value is None or isinstance(value, (bool, int, float, str))
+    return repr(value) if is_plain else str(name_of(value))
 
 
 class Evaluate(Protocol):

@@ -7,6 +7,7 @@ how much room the file's tensors take. Bits are packed from the lowest of a byte
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ __all__ = [
 
 _BITMAP = -1  # in place of the number of low bits: one bit per position
 _HEADER = 8  # bytes in front of a parameter's code: its number of entries
+
+# A file is made and read on the CPU, whatever torch's default device is.
+_arange, _empty, _tensor, _zeros = (
+    partial(make, device="cpu")
+    for make in (torch.arange, torch.empty, torch.tensor, torch.zeros)
+)
 
 
 def coded_size(k: int, numel: int) -> int:
@@ -55,11 +62,11 @@ def encode(indices: Tensor, numel: int) -> Tensor:
     k = indices.numel()
     size, low_bits = _layout(k, numel)
     if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return _empty(0, dtype=torch.uint8)
     if low_bits == _BITMAP:
         return _to_bytes(_marked(indices, numel))
-    low = (indices[:, None] >> torch.arange(low_bits)) & 1
-    high = (indices >> low_bits) + torch.arange(k)
+    low = (indices[:, None] >> _arange(low_bits)) & 1
+    high = (indices >> low_bits) + _arange(k)
     marks = _marked(high, _unary_bits(k, numel, low_bits))
     return _to_bytes(torch.cat([low.to(torch.uint8).flatten(), marks]))
 
@@ -86,16 +93,16 @@ def decode(coded: Tensor, k: int, numel: int) -> Tensor:
             f"{tuple(coded.shape)} and dtype {coded.dtype}."
         )
     if size == 0:
-        return torch.arange(k, dtype=index_dtype(numel))
+        return _arange(k, dtype=index_dtype(numel))
     bits = _to_bits(coded.detach().cpu())
     if low_bits == _BITMAP:
         indices = _marks(bits, 0, numel, k)
     else:
         unary = _unary_bits(k, numel, low_bits)
-        low = bits[: k * low_bits].view(k, low_bits).long() << torch.arange(low_bits)
-        high = torch.zeros(k, dtype=torch.long)
+        low = bits[: k * low_bits].view(k, low_bits).long() << _arange(low_bits)
+        high = _zeros(k, dtype=torch.long)
         if unary:
-            high = _marks(bits, k * low_bits, unary, k) - torch.arange(k)
+            high = _marks(bits, k * low_bits, unary, k) - _arange(k)
         indices = (high << low_bits) + low.sum(1)
     check_indices(indices, numel, "indices")
     return indices.to(index_dtype(numel))
@@ -125,10 +132,10 @@ def pack(indices: Mapping[str, Tensor], numels: Mapping[str, int]) -> Tensor:
         Parameters in alphabetical order, on the CPU. Shape ``[packed_size(...)]``,
         uint8.
     """
-    parts = [torch.empty(0, dtype=torch.uint8)]
+    parts = [_empty(0, dtype=torch.uint8)]
     for name in sorted(indices):
         size = numels[name].to_bytes(_HEADER, "little")
-        parts += [torch.tensor(list(size), dtype=torch.uint8)]
+        parts += [_tensor(list(size), dtype=torch.uint8)]
         parts += [encode(indices[name], numels[name])]
     return torch.cat(parts)
 
@@ -199,7 +206,7 @@ def _unary_bits(k: int, numel: int, low_bits: int) -> int:
 
 
 def _marked(positions: Tensor, size: int) -> Tensor:
-    bits = torch.zeros(size, dtype=torch.uint8)
+    bits = _zeros(size, dtype=torch.uint8)
     if size:
         bits[positions] = 1
     return bits
@@ -215,9 +222,9 @@ def _marks(bits: Tensor, start: int, size: int, k: int) -> Tensor:
 
 def _to_bytes(bits: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
-    places = torch.arange(8, dtype=torch.uint8)
+    places = _arange(8, dtype=torch.uint8)
     return (padded.view(-1, 8) << places).sum(1, dtype=torch.uint8)
 
 
 def _to_bits(coded: Tensor) -> Tensor:
-    return ((coded[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
+    return ((coded[:, None] >> _arange(8, dtype=torch.uint8)) & 1).flatten()

@@ -31,6 +31,7 @@ __all__ = [
     "replaced_modules",
     "replacing",
     "save_tensors",
+    "unwrapped_name",
     "with_coded_indices",
 ]
 
@@ -239,13 +240,24 @@ def replaced_modules(tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 def plain_name(key: str) -> str:
-    """Return a module's or tensor's name without what wrapping put into it.
+    """Return a saved tensor's name as `unwrapped_name` has it in the base model.
+
+    Args:
+        key: The name in PEFT's model.
+    """
+    return unwrapped_name(_WRAPPERS.sub("", key).removeprefix(_KEY_PREFIX))
+
+
+def unwrapped_name(name: str) -> str:
+    """Return a name in a base model without what wrapping put into it.
 
     A wrapped module inside a wrapped module has the outer one's ``base_layer`` in it;
     FSDP and the compiler put in parts of their own.
+
+    Args:
+        name: The name of a module or tensor.
     """
-    key = _WRAPPERS.sub("", key).removeprefix(_KEY_PREFIX)
-    return _BASE_LAYER.sub("", key)
+    return _BASE_LAYER.sub("", _WRAPPERS.sub("", name))
 
 
 def name_alone(key: str, modules: Collection[str]) -> str:

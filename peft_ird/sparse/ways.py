@@ -73,12 +73,15 @@ def gradient_in_force(chosen: str) -> str:
 
 
 def is_transformed() -> bool:
-    """Return whether functions are transformed or differentiated forward.
+    """Return whether functions are transformed, traced or differentiated forward.
 
-    Custom operators allow neither, and forward mode would find silent zeros.
+    Custom operators allow none of it: forward mode would find silent zeros, and
+    `torch.jit.trace` take their results for constants.
     """
     if torch.compiler.is_compiling():
         return False
+    if torch._C._get_tracing_state() is not None:
+        return True
     is_in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return is_in_functorch or forward_ad._current_level >= 0
 
