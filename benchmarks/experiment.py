@@ -4,9 +4,9 @@ A list (``experiments/NAME.toml``) has rows, what is compared, and rounds, what 
 first. Each run has a file in ``results/glue``.
 
 The learning rate of each row is found by the first seed on some of the tasks: from the
-row's ``rate`` and its neighbours it climbs a ladder until both neighbours of the best
-score worse, on the mean over training samples that are held out. All tasks and seeds
-take that rate.
+row's ``rate`` and its neighbours it climbs a ladder until the neighbours of the best
+have been tried, on the mean over training samples that are held out. All tasks and
+seeds take that rate.
 """
 
 import itertools
@@ -154,7 +154,7 @@ def best_rate(scores: Mapping[float, float]) -> float:
 
 
 def next_rates(scores: Mapping[float, float], start: float) -> tuple[float, ...]:
-    """Return the rates to try next; none when the best has two neighbours or an end.
+    """Return the rates to try next; none when the best have two neighbours or an end.
 
     Args:
         scores: The scores of the rates tried so far.
@@ -163,7 +163,9 @@ def next_rates(scores: Mapping[float, float], start: float) -> tuple[float, ...]
     first = tuple(rate for rate in _around(start) if rate not in scores)
     if first:
         return first
-    return tuple(rate for rate in _around(best_rate(scores)) if rate not in scores)
+    best = scores[best_rate(scores)]
+    beside = {n for rate in scores if scores[rate] == best for n in _around(rate)}
+    return tuple(sorted(beside - scores.keys()))
 
 
 def _around(rate: float) -> tuple[float, ...]:
@@ -179,16 +181,18 @@ def load_results(name: str) -> list[Result]:
         name: The list's name.
 
     Raises:
-        ValueError: If a row's result was run by another method, for other epochs or
-            with another rate of the head.
+        ValueError: If a row's result was run by another method, for other epochs, with
+            another rate of the head, or in other precision than the others.
     """
     experiment = Experiment.load(name)
-    found = []
+    found: list[Result] = []
     for path in sorted((FOLDER / name).glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         row = experiment.rows.get(result["job"]["row"])
         if row is not None:
-            _check_asked(path, result, {**experiment.settings, **row})
+            first = found[0] if found else result
+            asked = {"precision": first.get("precision"), **experiment.settings, **row}
+            _check_asked(path, result, asked)
             found.append(result)
     return found
 
@@ -199,10 +203,12 @@ def _check_asked(path: Path, result: Result, asked: Mapping[str, Any]) -> None:
         "options": asked.get("options", {}),
         "epochs": asked["epochs"],
         "head_rate": asked.get("head_rate", result["job"]["rate"]),
+        "precision": asked["precision"],
     }
     for name, value in wanted.items():
         if result.get(name, value) != value:
             raise ValueError(
                 f"{path.name} was run with {name} {result[name]!r}, but the list asks "
-                f"for {value!r}. Delete the file, or give the row another name."
+                f"for {value!r}, or other files have it. Delete the file, or give the "
+                "row another name."
             )

@@ -48,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--minutes", type=float, default=1e9, help="nothing starts after that")
     add("--precision", default="medium", help="of float32 products")
     options = parser.parse_args(argv)
+    model = Experiment.load(options.experiment).settings["model"]
+    if model != "minilm" and options.models is None:
+        parser.error(
+            f"{options.experiment} is for {model}: pass --models FOLDER, the folder "
+            "that this model is in"
+        )
     options.end = time.monotonic() + 60 * options.minutes
     tries: Counter[Job] = Counter()
     while True:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from experiment import Experiment, best_rate, load_results, next_rates
+from experiment import LADDER, Experiment, best_rate, load_results, next_rates
 from paired import sign_flip
 from scipy import stats
 
@@ -99,7 +99,7 @@ def score_table(
         ]
         if mean:
             means = _task_means(runs).values()
-            is_whole = len(means) == len(tasks)
+            is_whole = len(runs) == len(tasks) * len(experiment.seeds)
             cells.append(f"{statistics.mean(means):.1f}" if is_whole else "")
         rate = f"{next(iter(runs.values()))['rate']:g}"
         entries = max(result["entries"] for result in runs.values())
@@ -160,10 +160,16 @@ def _note(
         f"sets. Mean ± standard deviation over {len(experiment.seeds)} seeds, or as "
         f"many as stand in brackets; {_metrics(train)}. Rates climb a "
         f"ladder of two per decade, judged on 500 training samples of {tuning} "
-        f"that the first seed holds out. The head is trained as well, at {at}. "
+        f"that the first seed holds out; {LADDER[-1]:g} is the highest. The head is "
+        f"trained as well, at {at}. {_twice(found)}"
         f"Products in float32 of {first['precision']} precision, torch "
         f"{first['versions']['torch']}, peft {first['versions']['peft']}."
     )
+
+
+def _twice(rows: Collection[str]) -> str:
+    name = "Diff Pruning"
+    return f"{name} trains twice: to choose, and what it chose. " * (name in rows)
 
 
 def _metrics(tasks: Collection[str]) -> str:

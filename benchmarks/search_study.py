@@ -34,6 +34,9 @@ from metrics import SCORES
 ETA = 7  # one cut: with few cells a long first rung is worth more than a second one
 COST = 1.9  # full fine-tunings that halving may train for; scoring is not in it
 HALVED = "ird, halving"
+UNUSED = {  # options of `run_glue`
+    "--budget", "--density", "--head-lr", "--method", "--options", "--rank", "--save",
+}  # fmt: skip
 TITLES = {"fish": "FISH Mask", "ird": "IRD", "reverse_ird": "reverse IRD"}
 Record = dict[str, Any]
 
@@ -60,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             name: getattr(options, name)
             for name in ("lr", "epochs", "max_train", "held_out", "seed", "scope")
         },
+        "train": len(evaluation(setup).training_rows),
         "steps": evaluation(setup).total_steps,
         "searches": found,
         "halving": halving_facts(found["ird"], found[HALVED], evaluation(setup)),
@@ -72,9 +76,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """Return the options of `run_glue`, with those that are this script's."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--scope", default="global", help="of IRDConfig")
     mine, rest = parser.parse_known_args(argv)
+    if given := UNUSED.intersection(part.partition("=")[0] for part in rest):
+        parser.error(
+            f"{', '.join(sorted(given))}: not for this script, whose methods and sizes "
+            "are its own"
+        )
     options = run_glue.parse_arguments(rest)
     options.scope = mine.scope
     return options
@@ -205,7 +216,9 @@ def _chosen(records: Sequence[Record]) -> Record:
 def _note(content: Record) -> str:
     settings, halving = content["settings"], content["halving"]
     samples, density = halving["cell"]
-    trained = settings["max_train"] - settings["held_out"]
+    trained = content.get("train")
+    if trained is None:  # the first file, of fewer samples than its task has
+        trained = settings["max_train"] - settings["held_out"]
     return (
         f"{content['task']}, MiniLM, {trained:,} training samples, "
         f"{settings['epochs']:g} epochs, rate {settings['lr']:g} for all "

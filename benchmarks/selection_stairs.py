@@ -7,7 +7,7 @@ python benchmarks/selection_stairs.py --shapes tiny --repeats 1
 import argparse
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -162,14 +162,25 @@ def rows(results: Record) -> list[Row]:
         tokens = "32 to 128" if length == "mixed" else length
         title = f"whole staircase, in Fisher passes, {tokens} tokens"
         found.append(rated(title, ratios, "{:.2f}", most=BAR))
-    first, *others = results["processes"]
-    for each in others:
+    found += _process_rows(results)
+    return found
+
+
+def _process_rows(results: Record) -> Iterator[Row]:
+    """Yield the time of several processes over that of one with all threads."""
+    shape = results["settings"]["shapes"][0]
+    alone = [
+        median(cell["seconds"]["whole"])
+        for cell in results["stairs"]
+        if (cell["shape"], cell["length"]) == (shape, "mixed")
+    ]
+    first = results["processes"][0]
+    for each in results["processes"] if alone else ():
         same = each["digests"] == first["digests"]
         indices = "identical indices" if same else "OTHER INDICES"
-        title = f"times faster with {each['processes']} processes, {indices}"
-        ratio = first["seconds"] / each["seconds"]
-        found.append(rated(title, {results["settings"]["shapes"][0]: ratio}, "{:.2f}"))
-    return found
+        many = f"{each['processes']} process{'es' * (each['processes'] > 1)}"
+        title = f"staircase, {many} of one thread, over one of all threads, {indices}"
+        yield rated(title, {shape: each["seconds"] / alone[0]}, "{:.2f}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def note(results: Record) -> str:
         f"{name} {results['versions'][name]}" for name in ("torch", "transformers")
     )
     return (
-        f"Medians of {results['settings']['repeats']} repetitions, random weights, "
+        f"Medians of {results['settings']['repeats']} repetitions (memory and errors: "
+        f"of one, `torch.topk`: of five), random weights, "
         f"{results['threads']} of {results['machine']['cores']} CPU cores, "
         f"{libraries}."
     )
@@ -53,7 +54,8 @@ def _plain_rows(results: Record) -> Iterator[Row]:
 def _loop_rows(results: Record) -> Iterator[Row]:
     for length, cells in _by_length(results, "loop"):
         values = {c["shape"]: c["over_engine"]["loop"] for c in cells}
-        title = f"times faster than a one-sample loop, {_tokens(length)}"
+        padded = f", padded to {LONGEST}" if length == "mixed" else ""
+        title = f"times faster than a one-sample loop, {_tokens(length)}{padded}"
         yield rated(title, values, "{:.2f}", least=LOOP_BARS.get(length))
 
 

@@ -7,7 +7,7 @@ TITLES = {
     "lora-1": "LoRA, r = 1",
     "lora-8": "LoRA, r = 8",
     "lora-64": "LoRA, r = 64",
-    "lora-equal": "LoRA, as many parameters",
+    "lora-equal": "LoRA, as many parameters (r ≥ 1)",
     "shira": "SHiRA",
     "supertuning": "Super-Tuning",
     "bitfit": "BitFit",

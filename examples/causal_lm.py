@@ -26,7 +26,7 @@ import peft
 import tiny_llama
 import torch
 import transformers
-from arguments import positive
+from arguments import amount, natural, positive, share
 from language_report import Run, format_runs
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -99,18 +99,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt", default="the old", help="what is continued, before and after")
     add("--output-dir", default="causal-lm-output", help="folder for all results")
     add("--method", default="ird", help="how IRDConfig chooses weights")
-    add("--density", type=float, default=0.01, help="share of the linear weights")
+    add("--density", type=share, default=0.01, help="share of the linear weights")
     add("--scope", default="global", help="'global', 'per_module' or 'balanced' budget")
-    add("--temperature", type=float, default=0.0, help="0 takes the largest entries; "
+    add("--temperature", type=amount, default=0.0, help="0 takes the largest entries; "
         "above, they are drawn within --scope")  # fmt: skip
     add("--num-samples", type=int, default=32, help="blocks that IRD starts from")
     add("--lora", type=positive, nargs="?", const=1, help="rank of a LoRA to train as "
         "well; its number of parameters takes the place of --density")  # fmt: skip
-    add("--lr", type=float, default=5e-3, help="learning rate of IRD")
-    add("--lora-lr", type=float, default=5e-3, help="learning rate of LoRA")
+    add("--lr", type=amount, default=5e-3, help="learning rate of IRD")
+    add("--lora-lr", type=amount, default=5e-3, help="learning rate of LoRA")
     add("--steps", type=positive, default=150, help="training steps of 16 blocks")
     add("--block", type=positive, default=64, help="tokens in a block")
-    add("--base-steps", type=int, default=300, help="steps that the tiny LLaMA learns")
+    add("--base-steps", type=natural, default=300, help="steps of the tiny LLaMA")
     add("--dtype", default="float32", choices=("float32", "bfloat16"),
         help="type of the base weights; a merge into bfloat16 rounds")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of text, order and selection")
@@ -136,6 +136,8 @@ class Lesson:
         cut = len(texts) - max(1, len(texts) // 10)
         self.train = self.blocks(texts[:cut], self.tokenizer)
         self.held_out = self.blocks(texts[cut:], self.tokenizer)
+        if options.text and not options.model:
+            tiny_llama.warn_of_unknown("".join(texts), self.tokenizer)
 
     def make_base(self) -> Path:
         """Train a tiny LLaMA on the grammar's sentences and save it as a checkpoint."""
@@ -144,7 +146,8 @@ class Lesson:
         set_seed(self.options.seed)
         model = tiny_llama.tiny_llama(tokenizer)
         data = self.blocks(texts, tokenizer)
-        self.trainer(model, data, 3e-3, self.options.base_steps).train()
+        if self.options.base_steps:
+            self.trainer(model, data, 3e-3, self.options.base_steps).train()
         folder = self.folder / "base"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -159,7 +162,8 @@ class Lesson:
             ValueError: If they do not fill one block.
         """
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        rows = tokenizer([text for text in texts if text.strip()])["input_ids"]
+        kept = [text for text in texts if text.strip()]
+        rows = tokenizer(kept)["input_ids"] if kept else []
         tokens = torch.tensor([*chain.from_iterable(row + ends for row in rows)])
         blocks = tokens.split(self.options.block)[: len(tokens) // self.options.block]
         if not blocks:

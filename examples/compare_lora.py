@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import run_glue
-from arguments import positive
+from arguments import amount, json_object, positive
 from glue_setup import Setup, finite
 from methods import IRD_METHODS
 from peft import PeftModel
@@ -63,16 +63,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
         description=__doc__.partition("\n")[0],
         epilog="Other options are those of run_glue.py, for both methods.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # else --seed is taken for --seeds
     )
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--rank", type=positive, default=2, help="of LoRA; it sets the budget of both")
     add("--ird-method", choices=IRD_METHODS, default="ird", help="of IRDConfig")
-    add("--ird-options", type=json.loads, help="further options of IRDConfig, as JSON",
+    add("--ird-options", type=json_object, help="further options of IRDConfig, as JSON",
         default={"scope": "per_module", "temperature": 4.0},
     )  # fmt: skip
-    add("--ird-lrs", type=float, nargs="+", default=[1e-2, 3e-2], help="to choose from")
-    add("--lora-lrs", type=float, nargs="+", default=[1e-3, 3e-3])
+    add("--ird-lrs", type=amount, nargs="+", default=[1e-2, 3e-2], help="to try")
+    add("--lora-lrs", type=amount, nargs="+", default=[1e-3, 3e-3])
     add("--output-dir", default="comparison-output")
     options, common = parser.parse_known_args(argv)
     # Complain now, not after the first trainings.

@@ -26,6 +26,7 @@ from diff_pruning import prune
 __all__ = [
     "IRD_METHODS",
     "METHODS",
+    "OWN_SIZE",
     "RATES",
     "SET_BY_PLAN",
     "Plan",
@@ -255,6 +256,7 @@ RATES = {
 # What takes the options of IRDConfig, and which of them the plan sets.
 IRD_METHODS = ("ird", "reverse_ird", "fish", "gradient", "magnitude", "random")
 SET_BY_PLAN = ("budget", "calibration", "method", "seed", "selection", "task_type")
+OWN_SIZE = ("bias", "full", "head-only", "lora-everywhere")  # whatever the budget
 METHODS: dict[str, Callable[[nn.Module, Plan], Built]] = {
     **{name: partial(ird, method=name) for name in IRD_METHODS},
     "bias": bias,

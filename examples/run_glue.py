@@ -18,12 +18,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from arguments import natural, positive
+from arguments import amount, json_object, natural, positive, share
 from glue import GLUE
 from glue_setup import Setup
 from methods import (
     IRD_METHODS,
     METHODS,
+    OWN_SIZE,
     RATES,
     SET_BY_PLAN,
     Built,
@@ -66,6 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # scripts that pass options on look for whole names
     )
     add = parser.add_argument
     add("--task", choices=[*GLUE], required=True)
@@ -73,14 +75,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="folder or hub name; None for the packaged MiniLM")
     add("--data-dir", help="folder with TASK/SPLIT.parquet; None for the hub")
     add("--output-dir", default="glue-output", help="for results and adapter")
-    add("--density", type=float, default=0.001, help="of the model without its head")
+    add("--density", type=share, default=0.001, help="of the model without its head; "
+        f"only recorded for {', '.join(OWN_SIZE)}, which have a size of their own",
+    )  # fmt: skip
     add("--budget", type=positive, help="entries to train, instead of --density")
     add("--rank", type=positive, help="of LoRA; None for the one that fits the budget")
-    add("--options", type=json.loads, default={}, help="of IRDConfig, as JSON")
-    add("--lr", type=float, help="learning rate, of the head as well; None: one that "
+    add("--options", type=json_object, default={}, help="of IRDConfig, as JSON")
+    add("--lr", type=amount, help="learning rate, of the head as well; None: one that "
         "suits the method on MiniLM")  # fmt: skip
-    add("--head-lr", type=float, help="learning rate of the head; None: that of --lr")
-    add("--epochs", type=float, default=3.0)
+    add("--head-lr", type=amount, help="learning rate of the head; None: that of --lr")
+    add("--epochs", type=amount, default=3.0)
     add("--batch-size", type=positive, default=32, help="of each process")
     add("--max-length", type=positive, help="tokens; None for the task's")
     add("--max-train", type=positive, help="training samples, drawn by the seed; None: "
@@ -95,7 +99,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.rank and not options.method.startswith("lora"):
         parser.error(f"--rank is for LoRA, not for --method {options.method}")
-    if options.head_lr and options.method == "diff_pruning":
+    if options.budget and options.method in OWN_SIZE:
+        parser.error(f"--budget is not for --method {options.method}: it has its own")
+    if options.head_lr is not None and options.method == "diff_pruning":
         parser.error("--head-lr is not for Diff Pruning, which trains twice")
     if options.options:
         check_options(parser, options.method, options.options)
@@ -157,7 +163,7 @@ def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, An
         "budget": budget,
         **trained_sizes(made.model),
         "rate": options.lr,
-        "head_rate": options.head_lr or options.lr,
+        "head_rate": options.lr if options.head_lr is None else options.head_lr,
         "seed": options.seed,
         "train": len(setup.train),
         "epochs": options.epochs,

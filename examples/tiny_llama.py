@@ -4,13 +4,20 @@ It reads single characters and learns sentences of the quickstart's grammar. The
 fine-tune it on has the same grammar and other words.
 """
 
+import warnings
 from collections.abc import Sequence
 
 from grammar import HELD_OUT, TRAINING, Lexicon, write_sentences
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["character_tokenizer", "known_text", "new_text", "tiny_llama"]
+__all__ = [
+    "character_tokenizer",
+    "known_text",
+    "new_text",
+    "tiny_llama",
+    "warn_of_unknown",
+]
 
 _SENTENCES = 1500
 
@@ -36,6 +43,18 @@ def character_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
     )
+
+
+def warn_of_unknown(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Warn of characters that this tokenizer cannot tell apart."""
+    known = tokenizer.get_vocab()
+    unknown = sum(character not in known for character in text)
+    if unknown:
+        warnings.warn(
+            f"The tiny LLaMA does not know {unknown / len(text):.2%} of the characters "
+            "of --text: it reads each as <unk>. Pass a --model that knows them.",
+            stacklevel=3,
+        )
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertModel,
@@ -160,6 +161,25 @@ def test_a_language_model_on_a_text_of_ones_own(tmp_path, dtype):
     assert results["blocks"]["train"] > 8 * results["blocks"]["held_out"] > 0
     if dtype == "float32":  # a merge into bfloat16 rounds
         assert run["merged_is_equal"]
+
+
+def test_the_tiny_llama_is_as_new_and_says_what_it_cannot_read(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    causal_lm = importlib.import_module("causal_lm")
+    (tmp_path / "text").write_text("the ÄÖ\n" * 40, "utf-8")
+    options = causal_lm.parse_arguments(
+        f"--text {tmp_path / 'text'} --base-steps 0 --block 16 --output-dir "
+        f"{tmp_path}".split()
+    )
+    with torch.random.fork_rng(devices=[]):
+        with pytest.warns(UserWarning, match=r"33\.33% of the characters of --text"):
+            lesson = causal_lm.Lesson(options)
+        made = lesson.load_base().state_dict()
+        causal_lm.set_seed(0)
+        new = causal_lm.tiny_llama.tiny_llama(lesson.tokenizer).state_dict()
+    assert all(made[name].equal(values) for name, values in new.items())
+    with pytest.raises(ValueError, match="2 texts have 0 tokens, less than one block"):
+        lesson.blocks(["", " "], lesson.tokenizer)
 
 
 def test_a_text_that_fills_no_block_is_refused(tmp_path):

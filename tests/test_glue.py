@@ -174,8 +174,9 @@ def test_every_method_trains_within_the_budget(load, tmp_path):
     for method in load("methods").METHODS:
         options = run_glue.parse_arguments(
             f"--task sst2 --method {method} --data-dir {data} --model {model} "
-            "--budget 100 --epochs 1 --max-train 32 --held-out 8 --lr 1e-3 --save "
+            "--epochs 1 --max-train 32 --held-out 8 --lr 1e-3 --save "
             f"--output-dir {tmp_path}".split()
+            + ([] if method in load("methods").OWN_SIZE else ["--budget", "100"])
             + few_samples(load, method)
         )
         before = torch.random.get_rng_state()
@@ -277,6 +278,20 @@ def test_both_methods_are_compared_at_the_same_size(load, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == found
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_rate_of_0_for_the_head_is_recorded(load, tmp_path):
+    run_glue = load("run_glue")
+    data = write_glue(tmp_path / "glue", "sst2", SENTENCES)
+    model = tiny_checkpoint(tmp_path / "model", "bert")
+    options = run_glue.parse_arguments(
+        f"--task sst2 --method random --data-dir {data} --model {model} --head-lr 0 "
+        f"--epochs 0 --held-out 8 --output-dir {tmp_path}".split()
+    )
+    result = run_glue.run(options)
+    assert (result["head_rate"], result["rate"]) == (0.0, options.lr)
+
+
 # ---- diff pruning
 
 
@@ -369,6 +384,18 @@ def test_every_method_has_a_rate_of_its_own(load):
         ("--max-train -3", "must be at least 1, got -3"),
         ("--held-out -1", "must be at least 0, got -1"),
         ("--head-lr 1 --method diff_pruning", "--head-lr is not for Diff Pruning"),
+        ("--head-lr 0 --method diff_pruning", "--head-lr is not for Diff Pruning"),
+        ("--budget 9 --method bias", "--budget is not for --method bias"),
+        ("--budget 9 --method full", "--budget is not for --method full"),
+        ("--budget 9 --method head-only", "--budget is not for --method head-only"),
+        ("--budget 9 --method lora-everywhere", "not for --method lora-everywhere"),
+        ("--density 5", "--density: must be in (0, 1], got 5"),
+        ("--density -1", "--density: must be in (0, 1], got -1"),
+        ("--epochs -1", "--epochs: must be at least 0, finite, got -1"),
+        ("--lr -1", "--lr: must be at least 0, finite, got -1"),
+        ("--lr nan", "--lr: must be at least 0, finite, got nan"),
+        ("--options [1]", "--options: must be a JSON object, got [1]"),
+        ("--dens 0.1", "unrecognized arguments: --dens 0.1"),
         ("--rank 2", "--rank is for LoRA, not for --method ird"),
         ('--method lora --options {"scope":"global"}', "not for lora"),
         ('--options {"bogus":1}', "bogus: not among the options"),
@@ -406,7 +433,12 @@ def test_the_head_may_have_a_rate_of_its_own(load):
     [
         ("--ird-method typo", "invalid choice: 'typo'"),
         ('--ird-options {"bogus":1}', "bogus: not among the options"),
+        ("--ird-options [1]", "--ird-options: must be a JSON object, got [1]"),
+        ("--ird-lrs -1", "--ird-lrs: must be at least 0, finite, got -1"),
         ("--lr 0.1", "--lr: set by this script"),
+        ("--seed 5", "--seed: set by this script"),
+        ("--dens 0.1", "unrecognized arguments: --dens 0.1"),
+        ("--opt {}", "unrecognized arguments: --opt {}"),
         ("--held-out 0", "must be at least 1"),
     ],
 )
@@ -545,7 +577,7 @@ def test_a_killed_worker_costs_no_run(runner, lists, tmp_path, monkeypatch, caps
             return future
 
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
-    runner.main(["list"])
+    runner.main(["list", "--models", str(tmp_path)])
     tries = Counter((job.row, job.rate, job.seed) for job in started)
     assert tries.pop(("A", 3e-3, 3)) == 2  # its worker is killed each time
     second = started[1]
@@ -556,6 +588,13 @@ def test_a_killed_worker_costs_no_run(runner, lists, tmp_path, monkeypatch, caps
     assert "no such thing" in printed
     done = {Path(path).stem for path in lists.FOLDER.glob("list/*.json")}
     assert done >= {"sst2_b_1_0.1_3", "sst2_b_1_0.1_4", "sst2_a_1_0.01_3"}
+
+
+def test_a_list_of_another_model_needs_its_folder(runner, tmp_path, capsys):
+    (tmp_path / "list.toml").write_text(LIST)
+    with pytest.raises(SystemExit):
+        runner.main(["list", "--minutes", "-1"])
+    assert "list is for tiny: pass --models FOLDER" in capsys.readouterr().err
 
 
 # ---- tables
@@ -627,9 +666,12 @@ def test_the_tables_show_each_row_at_its_best_rate(lists, load, tmp_path):
     add("cola", 3e-2, 3, 0.9, 0.9)  # not the rate that the tuning tasks chose
     text = glue_table.score_table(experiment, 0.01, "tiny", constants)
     assert "|  | entries | CoLA | SST-2 | mean | rate |" in text
-    assert "| A | 7 | 20.0 (1) | 13.5 ± 0.7 | 16.8 | 0.01 |" in text
+    assert "| A | 7 | 20.0 (1) | 13.5 ± 0.7 |  | 0.01 |" in text  # a seed is missing
     assert "| a constant answer | 0 | 0.0 | 50.0 | 25.0 |  |" in text
     assert "CoLA: Matthews; others: accuracy." in text
+    add("cola", 1e-2, 4, 0.0, 0.2)
+    text = glue_table.score_table(experiment, 0.01, "tiny", constants)
+    assert "| A | 7 | 20.0 ± 0.0 | 13.5 ± 0.7 | 16.8 | 0.01 |" in text
 
 
 @pytest.mark.usefixtures("lists")
@@ -726,6 +768,16 @@ def test_densities_are_compared_over_the_tasks_and_seeds_that_all_have(
     assert "Mean of CoLA, SST-2, " in text
 
 
+def test_a_search_refuses_what_it_would_ignore(load, capsys):
+    given = "--task rte --model m --method=fish --rank 1 --budget 9 --density 0.1 "
+    given += "--head-lr 1 --options {} --save --lr 0.1"
+    with pytest.raises(SystemExit):
+        load("search_study").parse_arguments(given.split())
+    assert (
+        "--budget, --density, --head-lr, --method, --options, --rank, --save: not for"
+    ) in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_staircases_are_searched_written_and_drawn(load, tmp_path, monkeypatch):
@@ -735,7 +787,7 @@ def test_the_staircases_are_searched_written_and_drawn(load, tmp_path, monkeypat
     data = write_glue(tmp_path / "glue", "sst2", rows)
     model = tiny_checkpoint(tmp_path / "model", "bert")
     arguments = (
-        f"--task sst2 --data-dir {data} --model {model} --max-train 160 --held-out 32 "
+        f"--task sst2 --data-dir {data} --model {model} --held-out 32 "
         f"--epochs 1 --batch-size 4 --output-dir {tmp_path / 'out'}"
     ).split()
     search_study.main(arguments)
@@ -748,6 +800,7 @@ def test_the_staircases_are_searched_written_and_drawn(load, tmp_path, monkeypat
     assert facts["best_score"] == max(scores)
     assert facts["score"] <= max(scores)
     assert facts["steps_in_trainings"] <= search_study.COST
+    assert "MiniLM, 128 training samples" in search_study.table(content)
     pictures = {
         search_study.draw_staircases: ["FISH Mask", "IRD"],
         search_study.draw_contrast: ["IRD", "reverse IRD"],
