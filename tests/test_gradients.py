@@ -70,8 +70,8 @@ class Source:
         for n in range(self.samples):
             chance = torch.rand(tokens, generator=self.generator)
             left[n, chance > self.draw(alive)] = 0
-        live = left.ne(0).any(-1)
-        form = Outer(left, right, live, self.unscale)
+            right[n, chance > self.draw(alive)] = 0
+        form = Outer(left, right, self.unscale)
         return Case(form, oracles.outer_sums(left, right) * self.unscale)
 
     def looked_up(self) -> Case:
@@ -162,11 +162,10 @@ def test_some_samples_alone_have_the_same_gradients(case, wide, data):
 
 def test_a_batch_lets_go_of_what_is_not_wanted_and_shares_its_inputs():
     left, right = torch.randn(2, 8, 3, 5), torch.randn(8, 3, 4)
-    live = torch.ones(8, 3, dtype=torch.bool)
     batch = KeptGradients()
     keeper = batch.add(range(10, 18))
     for part, side in enumerate(left):
-        keeper.update(part, Outer(side, right, live), range(8), range(10, 18))
+        keeper.update(part, Outer(side, right), range(8), range(10, 18))
     batch.forget_all_but([*range(10, 15), 99])  # more than half
     assert len(keeper.gradients[0].left) == 8
     batch.forget_all_but([12, 14, 99])
@@ -257,8 +256,7 @@ def test_entries_are_sampled_only_where_a_block_of_them_costs_more(
 def test_the_transposed_gradient_has_its_factors_swapped(parts):
     (case, *_) = parts
     form = case.form
-    live = form.left.ne(0).any(-1)
-    swapped = Outer(form.right, form.left, live, form.unscale)
+    swapped = Outer(form.right, form.left, form.unscale)
     everything = Where(torch.arange(case.shape.numel()), case.shape[::-1])
     found = swapped.at(range(len(case.gradients)), everything)
     expected = case.gradients.transpose(1, 2).flatten(1)

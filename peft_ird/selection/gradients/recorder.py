@@ -103,9 +103,9 @@ class Recorder:
         values = values if values.dtype == torch.float64 else values.float()
         return Dense(values / self.scale if self.scale != 1.0 else values)
 
-    def outer(self, left: Tensor, right: Tensor, live: Tensor) -> Outer:
+    def outer(self, left: Tensor, right: Tensor) -> Outer:
         """Return gradients as products of factors, unscaled."""
-        return Outer(left.detach(), right.detach(), live, 1 / self.scale)
+        return Outer(left.detach(), right.detach(), 1 / self.scale)
 
     def rows(self, ids: Tensor, grads: Tensor) -> Rows:
         """Return gradients of looked-up rows, in float32 or better, unscaled."""

@@ -49,10 +49,9 @@ class _Linear(torch.autograd.Function):
         if bias_number is not None:
             recorder.hand_out(bias_number, recorder.dense(_sum_tokens(by_sample)))
         if number is not None:
-            live = _has_nonzero(by_sample)
             pair = (by_sample, recorder.by_sample(x))
             left, right = reversed(pair) if ctx.transposed else pair
-            recorder.hand_out(number, recorder.outer(left, right, live))
+            recorder.hand_out(number, recorder.outer(left, right))
         dx = None
         if ctx.needs_input_grad[0]:
             matrix = (weight.t() if ctx.transposed else weight).to(dy.dtype)
@@ -131,14 +130,6 @@ class _LayerNorm(torch.autograd.Function):
                 [True, False, False],
             )[0]  # fmt: skip
         return dx, None, None, None, None, None
-
-
-def _has_nonzero(by_sample: Tensor) -> Tensor:
-    """Return which tokens have any gradient; one look at most of them is enough."""
-    live = by_sample[..., :8].ne(0).any(-1)
-    if not bool(live.all()):
-        live[~live] = by_sample[~live].ne(0).any(-1)
-    return live
 
 
 def _sum_tokens(by_sample: Tensor) -> Tensor:
