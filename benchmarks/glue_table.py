@@ -168,8 +168,9 @@ def _note(
 
 
 def _twice(rows: Collection[str]) -> str:
-    name = "Diff Pruning"
-    return f"{name} trains twice: to choose, and what it chose. " * (name in rows)
+    if "Diff Pruning" not in rows:
+        return ""
+    return "Diff Pruning trains twice: to choose, and what it chose. "
 
 
 def _metrics(tasks: Collection[str]) -> str:

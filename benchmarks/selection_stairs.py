@@ -178,7 +178,8 @@ def _process_rows(results: Record) -> Iterator[Row]:
     for each in results["processes"] if alone else ():
         same = each["digests"] == first["digests"]
         indices = "identical indices" if same else "OTHER INDICES"
-        many = f"{each['processes']} process{'es' * (each['processes'] > 1)}"
+        count = each["processes"]
+        many = "1 process" if count == 1 else f"{count} processes"
         title = f"staircase, {many} of one thread, over one of all threads, {indices}"
         yield rated(title, {shape: each["seconds"] / alone[0]}, "{:.2f}")
 

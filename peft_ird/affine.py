@@ -28,11 +28,17 @@ class Affine(IRDLayer):
         weights = [self._base_parameter(name) for name in deltas]
         if not any(is_low_precision(w) or w.is_meta for w in weights):
             return super()._run(deltas, *args, **kwargs)
-        output = self.base_layer(*args, **kwargs)
         dense = {
             name: sum_dense(found, torch.float32) for name, found in deltas.items()
         }
-        return output + self._output_share(dense, *args, **kwargs).to(output.dtype)
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            output: Tensor = self.get_base_layer().forward(*args, **kwargs)
+            return output + self._output_share(dense, *args, **kwargs).to(output.dtype)
+
+        if self._is_alone():
+            return run(*args, **kwargs)
+        return with_forward(self.base_layer, run)(*args, **kwargs)
 
     def _is_simple_call(
         self, deltas: Deltas, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from peft_ird._registration import IRD
-from peft_ird.options import as_plain, check, ignores_base_mismatch
+from peft_ird.options import as_plain, check, check_format, ignores_base_mismatch
 from peft_ird.patterns import from_lines, to_lines
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.criteria import NEEDS_DATA
@@ -214,6 +214,7 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         self.peft_type = IRD
         for each in fields(self):
             setattr(self, each.name, as_plain(getattr(self, each.name)))
+        check_format(self)
         if any(isinstance(said, str) for said in (self.nnz_pattern or {}).values()):
             read = from_lines(self.nnz_pattern or {})  # as in a file
             self.nnz_pattern, self.shape_pattern, self.fingerprint = read

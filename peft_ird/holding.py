@@ -28,9 +28,7 @@ class Codes(BufferDict):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(persistent=True)
-        self._read: set[str] = (
-            set()
-        )  # adapters whose codes are made when they are saved
+        self._read: set[str] = set()  # adapters whose codes are made when saved
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_read", ()):
@@ -177,7 +175,9 @@ class Holding(Merging):
         """Decode and check indices that came from outside, before they are used."""
         if adapter not in self._unchecked:
             return
-        if adapter not in self.irdelta_coded or self.irdelta_coded[adapter].is_meta:
+        values = self.irdelta_values[adapter].values()
+        code = self.irdelta_coded[adapter] if adapter in self.irdelta_coded else None
+        if code is None or any(tensor.is_meta for tensor in (code, *values)):
             self._check_plain(adapter)
             return
         if self.is_unloaded(adapter):
@@ -189,7 +189,7 @@ class Holding(Merging):
                 "an early version of peft_ird, load that with PEFT and save it again."
             )
         counts = self.entry_counts(adapter)
-        decoded = unpack(self.irdelta_coded[adapter], counts, type(self).__name__)
+        decoded = unpack(code, counts, type(self).__name__)
         found = {name: indices for name, (indices, _) in decoded.items()}
         numels = {name: numel for name, (_, numel) in decoded.items()}
         for name, indices in found.items():

@@ -143,17 +143,19 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
                 _undo_(self._base_parameter(name).data, kept)
             del self.irdelta_originals[adapter]
 
-    def unmerged(self, name: str) -> Tensor:
-        """Return a base parameter as it was before anything was merged, a copy.
+    def before_merging(self, name: str, weight: Tensor) -> Tensor:
+        """Return a base parameter as it was before anything was merged.
 
         Args:
             name: The parameter.
+            weight: The parameter as it is now, or a copy; it is not changed.
         """
-        weight = self._base_parameter(name).detach().clone()
+        found = weight
         for adapter in reversed(self.merged_adapters):
             if name in self.irdelta_originals[adapter]:
-                _undo_(weight, self.irdelta_originals[adapter][name])
-        return weight
+                found = found.detach().clone() if found is weight else found
+                _undo_(found, self.irdelta_originals[adapter][name])
+        return found
 
     def _original_entries(self, name: str, indices: Tensor) -> Tensor:
         """Return base entries as they were before anything was merged. Shape [k]."""

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from peft_ird.sparse.storage import (
     VALUES,
     entry_counts,
     name_alone,
+    plain_name,
     read_entries,
     replaced_modules,
     unwrapped_name,
@@ -72,6 +73,15 @@ class IRDModel(UnloadsNested):
     tuner_layer_cls = IRDLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's declaration)
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"The model is a {type(model).__name__} already, and what is trained "
+                "inside it could not be saved. Call its `add_adapter` instead; to "
+                "combine kinds of adapters, pass `mixed=True` to `get_peft_model`."
+            )
+        super().__init__(model, *args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -92,12 +102,6 @@ class IRDModel(UnloadsNested):
         Raises:
             ValueError: As the class says.
         """
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                f"The model is a {type(model).__name__} already, and what is trained "
-                "inside it could not be saved. Call its `add_adapter` instead; to "
-                "combine kinds of adapters, pass `mixed=True` to `get_peft_model`."
-            )
         model = base_model(model)
         config: IRDConfig = self.peft_config[adapter_name]
         given = config.selection
@@ -301,14 +305,14 @@ class IRDModel(UnloadsNested):
         return mapped
 
 
-def _unmerge_embeddings(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _unmerge_embeddings(model: Any, tensors: dict[str, Tensor]) -> None:
     """Put embeddings as they were before merging among tensors: PEFT may save them."""
-    if not any(layer.merged for layer in layers_of(model).values()):
-        return
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model, get, lambda: None)()
-        if isinstance(layer, IRDLayer) and layer.merged:
-            merged, original = layer._base_parameter("weight"), layer.unmerged("weight")
-            for key, tensor in tensors.items():
-                if tensor.data_ptr() == merged.data_ptr():
-                    tensors[key] = original
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    with suppress(AttributeError, NotImplementedError):
+        embeddings.append(model.get_output_embeddings().get_base_layer())
+    keys = {plain_name(key): key for key in tensors}
+    for name, layer in layers_of(model).items():
+        key = keys.get(f"{name}.weight")
+        if key is not None and any(layer.get_base_layer() is m for m in embeddings):
+            owner, owned = layer._shared.get("weight", (layer, "weight"))
+            tensors[key] = owner.before_merging(owned, tensors[key])

@@ -11,7 +11,13 @@ from peft_ird.selection.criteria import METHODS
 from peft_ird.selection.entries import SCOPES
 from peft_ird.sparse.storage import FORMAT
 
-__all__ = ["as_plain", "check", "ignores_base_mismatch", "ignoring_base_mismatch"]
+__all__ = [
+    "as_plain",
+    "check",
+    "check_format",
+    "ignores_base_mismatch",
+    "ignoring_base_mismatch",
+]
 
 _IGNORES = ContextVar("ignores_base_mismatch", default=False)
 
@@ -67,14 +73,21 @@ def check(config: Any, sized_otherwise: bool) -> None:
     Raises:
         ValueError: If an option is unknown, out of range, or does not go with others.
     """
-    _check_format(config)
     _check_choices(config)
     _check_targets(config)
     _check_size(config, sized_otherwise)
     _check_numbers(config)
 
 
-def _check_format(config: Any) -> None:
+def check_format(config: Any) -> None:
+    """Check that this version reads the format of a configuration's file.
+
+    Args:
+        config: An `IRDConfig`.
+
+    Raises:
+        ValueError: If it is of a later version.
+    """
     if config.format_version is not None and config.format_version > FORMAT:
         raise ValueError(
             f"The adapter has `format_version` {config.format_version}; this version "

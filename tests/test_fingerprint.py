@@ -268,7 +268,7 @@ def test_the_origin_is_recorded(tmp_path):
 
 def test_a_newer_format_is_refused(saved, name):
     path = saved / "adapter_config.json"
-    settings = {**settings_of(saved), "format_version": 4}
+    settings = {**settings_of(saved), "format_version": 4, "nnz_pattern": {"a": "new"}}
     path.write_text(json.dumps(settings))
     message = "`format_version` 4; this version of peft_ird reads up to 3. Upgrade"
     refused(saved, make_model(name), message)

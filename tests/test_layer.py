@@ -497,3 +497,17 @@ def test_a_traced_model_computes_with_what_it_is_given(dtype):
         traced = torch.jit.trace(model, first)
         torch.testing.assert_close(traced(second), model(second), rtol=0.02, atol=0.02)
         assert not torch.equal(traced(first), traced(second))
+
+
+@pytest.mark.parametrize("make", [nn.LayerNorm, lambda size: nn.Linear(size, size)])
+def test_hooks_on_a_low_precision_layer_see_the_delta(make):
+    torch.manual_seed(0)
+    base = nn.Sequential(make(64)).bfloat16()
+    settings = IRDConfig(density=0.5, method="random", init_weights=False)
+    model = get_peft_model(base, settings, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    layer.base_layer.register_forward_hook(lambda *call: 2 * call[-1])
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    found = model(x).float()
+    model.merge_adapter()
+    torch.testing.assert_close(found, model(x).float(), rtol=0.03, atol=0.3)

@@ -1043,6 +1043,8 @@ def test_a_model_with_a_base_model_of_its_own_is_saved(tmp_path):
 def test_a_model_around_another_adapter_is_refused():
     model = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM"))
     names = [name for name, _ in model.named_modules()]
+    settings = dict(model.peft_config)
     with pytest.raises(ValueError, match=r"is a PeftModelForCausalLM .*mixed="):
         get_peft_model(model, IRDConfig(density=0.1, method="random"))
     assert [name for name, _ in model.named_modules()] == names
+    assert model.peft_config == settings

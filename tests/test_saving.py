@@ -524,13 +524,15 @@ def test_weights_that_are_assigned_to_a_model_on_meta(name):
         torch.testing.assert_close(logits(found, name), expected)
 
 
+@pytest.mark.parametrize("is_copied", [False, True])
 @pytest.mark.filterwarnings("ignore:.*merged:UserWarning")
-def test_embeddings_are_saved_as_before_merging(tmp_path):
+def test_embeddings_are_saved_as_before_merging(is_copied, tmp_path):
     base = make_model("llama")
     model = get_peft_model(copy.deepcopy(base), config("llama"))
     expected = logits(model, "llama")
     model.merge_adapter()
-    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    state = {k: t.clone() for k, t in model.state_dict().items()} if is_copied else None
+    model.save_pretrained(tmp_path, save_embedding_layers=True, state_dict=state)
     torch.testing.assert_close(logits(model, "llama"), expected)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     whole = [k for k in saved if "irdelta" not in k and saved[k].ndim == 2]
@@ -539,6 +541,42 @@ def test_embeddings_are_saved_as_before_merging(tmp_path):
     assert all(torch.equal(saved[key], table) for key in whole)
     loaded = PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(logits(loaded, "llama"), expected)
+
+
+class Unusual(nn.Module):
+    """A model without output embeddings, that keeps something besides tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:.*merged:UserWarning")
+def test_merged_adapters_of_unusual_models_are_saved(tmp_path):
+    settings = IRDConfig(density=0.3, method="random", init_weights=False)
+    model = get_peft_model(Unusual(), settings)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert load_file(tmp_path / "adapter_model.safetensors")
+
+
+def test_a_model_on_meta_stays_there_whatever_it_is_given():
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    settings = IRDConfig(density=0.3, method="random", init_weights=False)
+    model = get_peft_model(base, settings)
+    empty = copy.deepcopy(model).to("meta")
+    with pytest.warns(UserWarning, match="no-op"):
+        empty.load_state_dict(model.state_dict())
+    assert empty(torch.empty(2, 8, device="meta")).shape == (2, 4)
 
 
 def test_files_do_not_depend_on_the_default_device(tmp_path):

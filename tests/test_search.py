@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 import numpy as np
@@ -24,7 +25,7 @@ from peft_ird import (
     select_parameters,
 )
 from peft_ird.search.halving import survivors
-from peft_ird.search.outcome import CellRecord
+from peft_ird.search.outcome import CellRecord, name_of
 from peft_ird.search.workers import Workers, _only_visible
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.schedule import Cell
@@ -297,9 +298,22 @@ def test_what_partial_functions_were_given_counts(tmp_path):
     run(tmp_path, partial(scaled, rate=1.0, sizes=[1, 2], start=one_way))
     same = partial(scaled, start=one_way, rate=1.0, sizes=[1, 2])
     assert set(run(tmp_path, same).scores) == {1.0}
-    for change in ({"rate": 2.0}, {"sizes": [1, 3]}, {"start": another_way}):
+    changes = [{"rate": 2.0}, {"sizes": [1, 3]}, {"start": another_way}]
+    changes += [{"sizes": {"a": torch.float16}}, {"start": Path("a")}]
+    for change in changes:
         with pytest.raises(ValueError, match=r"evaluate\.name is '.*scaled\(.*there"):
             run(tmp_path, partial(same, **change))
+
+
+def test_names_of_partial_functions_tell_them_apart():
+    types = [name_of(partial(scaled, a)) for a in (torch.float16, torch.bfloat16)]
+    assert types[0] != types[1]
+    same = [{"a": np.int64(1), "b": 2.0}, {"b": 2.0, "a": 1}]
+    assert len({name_of(partial(scaled, tree)) for tree in same}) == 1
+    rows = [{"text": "word " * 50, "number": i} for i in range(100)]
+    long = [name_of(partial(scaled, each)) for each in (rows, rows[1:])]
+    assert long[0] != long[1]
+    assert all(len(name) < 200 for name in long)
 
 
 def test_a_search_that_could_not_select_leaves_its_place(tmp_path):

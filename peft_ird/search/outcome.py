@@ -1,18 +1,25 @@
 """What the evaluation of a cell comes to, and what an evaluation is."""
 
+import hashlib
 import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
+from peft_ird.options import as_plain
 from peft_ird.selection.schedule import Cell
 
 __all__ = ["CellRecord", "Evaluate", "Failure", "Outcome", "Resumable", "name_of"]
+
+_PLAIN = (bool, int, float, str, bytes, Enum, PurePath, torch.dtype, torch.device)
+_LONGEST = 200  # text that is told of an argument
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,22 @@ def name_of(part: Any) -> str | None:
 
 
 def _told(value: Any) -> str:
-    """Return a number, text or tree of them; of others, where they are defined."""
+    """Return numbers, texts and trees of them; of others, where they are defined.
+
+    What is long has a digest.
+    """
+    value = as_plain(value)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_told, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{k}: {_told(v)}' for k, v in value.items())}}}"
-    is_plain = value is None or isinstance(value, (bool, int, float, str))
-    return repr(value) if is_plain else str(name_of(value))
+        text = f"[{', '.join(map(_told, value))}]"
+    elif isinstance(value, Mapping):
+        pairs = sorted(f"{key!r}: {_told(each)}" for key, each in value.items())
+        text = f"{{{', '.join(pairs)}}}"
+    elif value is None or isinstance(value, _PLAIN):
+        text = repr(value)
+    else:
+        text = str(name_of(value))
+    is_long = len(text) > _LONGEST
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if is_long else text
 
 
 class Evaluate(Protocol):

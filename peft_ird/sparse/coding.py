@@ -7,7 +7,6 @@ how much room the file's tensors take. Bits are packed from the lowest of a byte
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,11 +26,7 @@ __all__ = [
 _BITMAP = -1  # in place of the number of low bits: one bit per position
 _HEADER = 8  # bytes in front of a parameter's code: its number of entries
 
-# A file is made and read on the CPU, whatever torch's default device is.
-_arange, _empty, _tensor, _zeros = (
-    partial(make, device="cpu")
-    for make in (torch.arange, torch.empty, torch.tensor, torch.zeros)
-)
+_CPU = torch.device("cpu")  # of a file, whatever torch's default is
 
 
 def coded_size(k: int, numel: int) -> int:
@@ -62,11 +57,11 @@ def encode(indices: Tensor, numel: int) -> Tensor:
     k = indices.numel()
     size, low_bits = _layout(k, numel)
     if size == 0:
-        return _empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device=_CPU)
     if low_bits == _BITMAP:
         return _to_bytes(_marked(indices, numel))
-    low = (indices[:, None] >> _arange(low_bits)) & 1
-    high = (indices >> low_bits) + _arange(k)
+    low = (indices[:, None] >> torch.arange(low_bits, device=_CPU)) & 1
+    high = (indices >> low_bits) + torch.arange(k, device=_CPU)
     marks = _marked(high, _unary_bits(k, numel, low_bits))
     return _to_bytes(torch.cat([low.to(torch.uint8).flatten(), marks]))
 
@@ -93,16 +88,17 @@ def decode(coded: Tensor, k: int, numel: int) -> Tensor:
             f"{tuple(coded.shape)} and dtype {coded.dtype}."
         )
     if size == 0:
-        return _arange(k, dtype=index_dtype(numel))
+        return torch.arange(k, dtype=index_dtype(numel), device=_CPU)
     bits = _to_bits(coded.detach().cpu())
     if low_bits == _BITMAP:
         indices = _marks(bits, 0, numel, k)
     else:
         unary = _unary_bits(k, numel, low_bits)
-        low = bits[: k * low_bits].view(k, low_bits).long() << _arange(low_bits)
-        high = _zeros(k, dtype=torch.long)
+        low = bits[: k * low_bits].view(k, low_bits).long()
+        low <<= torch.arange(low_bits, device=_CPU)
+        high = torch.zeros(k, dtype=torch.long, device=_CPU)
         if unary:
-            high = _marks(bits, k * low_bits, unary, k) - _arange(k)
+            high = _marks(bits, k * low_bits, unary, k) - torch.arange(k, device=_CPU)
         indices = (high << low_bits) + low.sum(1)
     check_indices(indices, numel, "indices")
     return indices.to(index_dtype(numel))
@@ -132,10 +128,10 @@ def pack(indices: Mapping[str, Tensor], numels: Mapping[str, int]) -> Tensor:
         Parameters in alphabetical order, on the CPU. Shape ``[packed_size(...)]``,
         uint8.
     """
-    parts = [_empty(0, dtype=torch.uint8)]
+    parts = [torch.empty(0, dtype=torch.uint8, device=_CPU)]
     for name in sorted(indices):
         size = numels[name].to_bytes(_HEADER, "little")
-        parts += [_tensor(list(size), dtype=torch.uint8)]
+        parts += [torch.tensor(list(size), dtype=torch.uint8, device=_CPU)]
         parts += [encode(indices[name], numels[name])]
     return torch.cat(parts)
 
@@ -206,7 +202,7 @@ def _unary_bits(k: int, numel: int, low_bits: int) -> int:
 
 
 def _marked(positions: Tensor, size: int) -> Tensor:
-    bits = _zeros(size, dtype=torch.uint8)
+    bits = torch.zeros(size, dtype=torch.uint8, device=_CPU)
     if size:
         bits[positions] = 1
     return bits
@@ -222,9 +218,10 @@ def _marks(bits: Tensor, start: int, size: int, k: int) -> Tensor:
 
 def _to_bytes(bits: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
-    places = _arange(8, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=_CPU)
     return (padded.view(-1, 8) << places).sum(1, dtype=torch.uint8)
 
 
 def _to_bits(coded: Tensor) -> Tensor:
-    return ((coded[:, None] >> _arange(8, dtype=torch.uint8)) & 1).flatten()
+    places = torch.arange(8, dtype=torch.uint8, device=_CPU)
+    return ((coded[:, None] >> places) & 1).flatten()
