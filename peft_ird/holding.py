@@ -176,7 +176,7 @@ class Holding(Merging):
         if adapter not in self._unchecked:
             return
         values = self.irdelta_values[adapter].values()
-        code = self.irdelta_coded[adapter] if adapter in self.irdelta_coded else None
+        code = self.irdelta_coded._buffers.get(adapter)
         if code is None or any(tensor.is_meta for tensor in (code, *values)):
             self._check_plain(adapter)
             return

@@ -168,6 +168,8 @@ def resolve_targets(model: nn.Module, config: IRDConfig) -> list[str]:
     probe = config.__copy__()
     probe.modules_to_save = [*_heads(config)]
     include_all_linear_layers(probe, model)
+    if isinstance(probe.target_modules, set):
+        probe.target_modules = {unwrapped_name(name) for name in probe.target_modules}
     named = [(name, m) for name, m in base_modules(model) if name]
     if config.target_modules is None:
         names = [name for name, module in named if _holds_parameters(module)]
@@ -238,7 +240,7 @@ def base_modules(
         seen.add(id(module))
         yield name, module
         for child_name, child in module.named_children():
-            yield from visit(child, unwrapped_name(f"{name}.{child_name}").lstrip("."))
+            yield from visit(child, unwrapped_name(f"{name}.{child_name}").strip("."))
 
     return visit(model, name)
 

@@ -28,6 +28,7 @@ from peft_ird import Calibration, IRDConfig, Selection, select_parameters
 from peft_ird.selection import fisher
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients import trial
+from peft_ird.selection.gradients.batching import Sample, plan
 from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.pool import Pool
@@ -957,7 +958,13 @@ class TestModules:
             alone = {"body.1.bias.weight"}
             check_model(model, samples, cross_entropy, alone, batch_size)
 
-    def test_frequencies_that_change_with_the_length_are_exact_and_come_back(self):
+    @pytest.mark.parametrize(
+        "lengths", [(6, 7, 8, 8, 10, 12), (6, 6, 7, 6, 6, 7, 8, 12, 12, 12)]
+    )
+    def test_frequencies_that_change_with_the_length_are_exact_and_come_back(
+        self, lengths, monkeypatch
+    ):
+        monkeypatch.setattr(trial, "_LOOKED_AT", 6)  # of which the first are short
         config = Phi3Config(
             vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1,
             num_attention_heads=2, num_key_value_heads=2, intermediate_size=24,
@@ -971,12 +978,23 @@ class TestModules:
             for parameter in model.parameters():
                 parameter.mul_(4.0)
         before = {name: b.clone() for name, b in model.named_buffers()}
-        samples = token_samples((6, 7, 8, 8, 10, 12))
+        samples = token_samples(lengths)
         for sample in samples:
             sample["labels"] = sample["input_ids"]
         check_model(model, samples)
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, before[name])
+
+    def test_texts_that_are_packed_into_a_sample_stay_apart(self):
+        model = make_model("llama").double()
+        model.config.use_cache = False
+        samples = []
+        joined = [[5, 4], [6, 3], [3, 4, 3]]
+        for texts in ([4], [5], *[[8]] * 9, *joined, [12]):  # tried: 4, 8 and 12
+            ids = torch.randint(3, 40, (1, sum(texts)))
+            places = torch.cat([torch.arange(text) for text in texts])[None]
+            samples.append({"input_ids": ids, "position_ids": places, "labels": ids})
+        check_model(model, samples)
 
     @pytest.mark.parametrize("is_detached", [False, True])
     def test_a_frozen_tower_is_left_alone(self, is_detached):
@@ -1651,3 +1669,64 @@ def keeping(size: int | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     with monkeypatch.context() as patch:
         patch.setattr(fisher, "Limits", Limited)
         yield
+
+
+@pytest.mark.parametrize("fields", [
+    {"input_ids": (1, 4, 100), "labels": (1,)},
+    {"input_ids": (1, 8), "labels": (1, 400)},
+    {"inputs_embeds": (1, 400, 16), "labels": (1,)},
+])  # fmt: skip
+def test_all_choices_and_both_texts_count_as_tokens(fields):
+    inputs = {name: torch.zeros(shape).long() for name, shape in fields.items()}
+    samples = [Sample(position, inputs) for position in range(20)]
+    assert {len(b) for b in plan(samples, 2048, None, padded=True)} == {5}
+
+
+def test_lengths_do_not_count_padding_on_the_left():
+    samples = []
+    for length in (3, 6, 12):
+        ids = torch.randint(3, 40, (1, 12))
+        mask = (torch.arange(12) >= 12 - length).long()[None]
+        samples.append({"input_ids": ids, "attention_mask": mask, "labels": ids})
+    model = make_model("llama")
+    pool = find_candidates(model, IRDConfig(density=0.1))
+    with borrowed(model):
+        estimator = FisherEstimator(model, pool, Calibration(samples))
+        assert estimator.lengths([0, 1, 2]).tolist() == [3.0, 6.0, 12.0]
+
+
+class Masking:
+    """A collator that draws by a generator of its own, as transformers' may."""
+
+    seed, generator, return_tensors = 3, None, "pt"
+
+    def __call__(self, samples):
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(self.seed)
+        ids = torch.tensor([sample["input_ids"] for sample in samples])
+        hidden = torch.rand(ids.shape, generator=self.generator) < 0.3
+        return {"input_ids": ids.masked_fill(hidden, 1), "labels": ids}
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_collator_that_draws_by_itself_is_left_as_it_was(is_used):
+    rows = [{"input_ids": torch.randint(3, 40, (9,)).tolist()} for _ in range(4)]
+    model, collator = make_model("llama"), Masking()
+    if is_used:
+        collator(rows[:1])
+    state = collator.generator and collator.generator.get_state()
+    config = IRDConfig(density=0.1, method="fish")
+    pool = find_candidates(model, config)
+    found = []
+    for order in (range(4), reversed(range(4))):
+        with borrowed(model):
+            data = Calibration(rows, collator)
+            singles = FisherEstimator(model, pool, data)._engine.singles
+            ids = {
+                i: singles.sample(i, is_cut=False).inputs["input_ids"] for i in order
+            }
+            found.append(torch.cat([ids[i] for i in range(4)]))
+    assert torch.equal(*found)
+    assert len({tuple(row) for row in found[0].eq(1).tolist()}) > 1
+    assert (collator.generator is not None) == is_used
+    assert not is_used or torch.equal(collator.generator.get_state(), state)

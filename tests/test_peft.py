@@ -1048,3 +1048,22 @@ def test_a_model_around_another_adapter_is_refused():
         get_peft_model(model, IRDConfig(density=0.1, method="random"))
     assert [name for name, _ in model.named_modules()] == names
     assert model.peft_config == settings
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_layers_that_are_compiled_are_adapted(targets, tmp_path):
+    model = make_model("llama")
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = torch.compile(layer, backend="eager")
+    settings = IRDConfig(
+        density=0.3, method="random", target_modules=targets, init_weights=False
+    )
+    model, batch = get_peft_model(model, settings).eval(), make_batch("llama")
+    found = {name for name in names if name != "lm_head"}
+    assert found <= set(settings.nnz_pattern)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)

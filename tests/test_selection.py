@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -723,6 +724,67 @@ def test_sampled_labels_of_a_classifier_follow_its_predictions():
     ]
     deviation = (chance * (1 - chance) / 800) ** 0.5
     assert abs(sum(drawn) / 800 - chance) < 4 * deviation + 1e-9
+
+
+def test_sampled_labels_of_models_that_see_are_those_of_their_text():
+    model = make_model("llama-untied").double()
+    batch = as_batch(make_samples("llama-untied", 1)[0])
+    as_text, as_sight = (
+        with_sampled_labels(batch, model, torch.Generator().manual_seed(0))["labels"]
+        for model.loss_type in ("ForCausalLM", "ForConditionalGeneration")
+    )
+    assert torch.equal(as_text, as_sight)
+
+
+class Listens(nn.Module):
+    """A model with a decoder that shifts the labels by itself, as Whisper."""
+
+    config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=7)
+
+    def forward(self, labels, decoder_input_ids=None):
+        self.read = decoder_input_ids
+        return SimpleNamespace(logits=torch.zeros(*labels.shape, 5))
+
+
+def test_a_decoder_reads_the_true_text_while_labels_are_drawn():
+    model, labels = Listens(), torch.tensor([[3, 4, 2, -100]])
+    found = with_sampled_labels(
+        {"labels": labels}, model, torch.Generator().manual_seed(0)
+    )
+    assert model.read.tolist() == [[7, 3, 4, 2]]
+    assert torch.equal(found["decoder_input_ids"], model.read)
+
+
+def test_labels_without_predictions_of_their_own_are_not_drawn():
+    class Counts(Listens):
+        def forward(self, labels, **_):
+            return SimpleNamespace(logits=torch.zeros(labels.shape))
+
+    batch = {"labels": torch.tensor([[1, 0, 1]])}
+    with pytest.raises(ValueError, match=r"shape \(1, 3\), logits \(1, 3\)"):
+        with_sampled_labels(batch, Counts(), torch.Generator())
+
+
+@pytest.mark.parametrize("label", [True, np.int32(1), np.bool_(True)])
+def test_labels_are_as_transformers_collator_has_them(label):
+    rows = [{"input_ids": [3, 4, 5], "label": label}]
+    found = Calibration(rows).batch(0, make_model("bert"))["labels"]
+    assert found.dtype == torch.int64
+    assert found.tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_in_low_precision_is_warmed_up(dtype):
+    model = make_model("bert").to(dtype)
+    settings = IRDConfig(
+        task_type="SEQ_CLS", density=0.1, method="fish", head_warmup_steps=20,
+        head_warmup_learning_rate=1e-2,
+    )  # fmt: skip
+    before = copy.deepcopy(model.state_dict())
+    warm = select_parameters(model, settings, make_samples("bert", 16))
+    cold = IRDConfig(task_type="SEQ_CLS", density=0.1, method="fish")
+    assert warm.overlap(select_parameters(model, cold, make_samples("bert", 16))) < 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["llama-untied", "t5", "bert-tokens"])

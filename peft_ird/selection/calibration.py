@@ -160,6 +160,9 @@ def _collate(samples: list[Any]) -> Any:
     for name in ("label", "label_ids"):
         if name in batch:
             batch["labels"] = batch.pop(name)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        batch["labels"] = labels.long()  # as transformers' collator has them
     return batch
 
 

@@ -99,7 +99,8 @@ class Decrease:
         chosen = None
         if self.entries is not None and self.settings.sample_score == "selected":
             chosen = self.entries.positions
-        outliers = int(self.settings.trim_samples * len(self.samples))
+        # 0.29 * 100 is a little below 29.
+        outliers = int(self.settings.trim_samples * len(self.samples) + 1e-9)
         outliers = min(outliers, len(self.samples) - wanted)
         is_plain = self.settings.sample_scaling == "none" and not self.is_reverse
         count = wanted + outliers if is_plain else None

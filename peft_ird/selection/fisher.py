@@ -299,7 +299,7 @@ class FisherEstimator:
         """
         singles = self._engine.singles
         loaded = [singles.sample(position, is_cut=True) for position in samples]
-        return torch.tensor([s.length or 1 for s in loaded], dtype=torch.float64)
+        return torch.tensor([s.unmasked or 1 for s in loaded], dtype=torch.float64)
 
     def _where(self, entries: Sequence[Tensor]) -> dict[int, Where]:
         pairs = enumerate(zip(entries, self.pool.parameters, strict=True))

@@ -96,14 +96,26 @@ def with_sampled_labels(
     if "labels" not in batch:
         raise ValueError(_NOTHING_TO_DRAW)
     drawn = dict(batch)
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None and batch["labels"].ndim > 1:
+    if batch["labels"].ndim > 1 and "decoder_input_ids" not in batch:
         # The decoder reads the true prefix; only the targets are drawn.
-        drawn.setdefault("decoder_input_ids", shift(labels=batch["labels"]))
+        drawn |= _prefix(model, batch["labels"])
     with torch.no_grad():
         logits = model(**drawn).logits
     drawn["labels"] = _draw_labels(model, logits, batch["labels"], generator)
     return drawn
+
+
+def _prefix(model: Any, labels: Tensor) -> dict[str, Tensor]:
+    """Return what a decoder reads where only labels are given."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return {"decoder_input_ids": shift(labels=labels)}
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None or not getattr(model.config, "is_encoder_decoder", False):
+        return {}
+    ids = labels.roll(1, -1).masked_fill(labels.roll(1, -1) == _IGNORED, start)
+    ids[:, 0] = start
+    return {"decoder_input_ids": ids}
 
 
 def _draw_labels(
@@ -118,6 +130,12 @@ def _draw_labels(
         return (chance < logits.sigmoid()).to(labels.dtype)
     if logits.ndim == 3 and _predicts_next_token(model):
         logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"fisher='sampled' draws a label for each of the model's predictions, but "
+            f"labels have the shape {tuple(labels.shape)}, logits "
+            f"{tuple(logits.shape)}. Use fisher='empirical' here."
+        )
     drawn = _draw(logits, generator)
     return torch.where(labels == _IGNORED, labels, drawn)
 
@@ -125,7 +143,8 @@ def _draw_labels(
 def _predicts_next_token(model: Any) -> bool:
     if getattr(model.config, "is_encoder_decoder", False):
         return False
-    return getattr(model, "loss_type", None) in {None, "ForCausalLM"}
+    shifted = {None, "ForCausalLM", "ForConditionalGeneration"}
+    return getattr(model, "loss_type", None) in shifted
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

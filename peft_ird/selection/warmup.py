@@ -43,15 +43,14 @@ def warmed_up(
             "`head_warmup_steps` needs a head that is trained whole; name it in "
             "`modules_to_save`, or give the `task_type`."
         )
-    before = [(p, p.detach().clone(), p.grad) for p in head]
+    before = [(p, p.detach().clone()) for p in head]
     try:
         with requiring_grad(head):
             _train(engine, head, steps, learning_rate, seed)
         yield
     finally:
-        for parameter, old, grad in before:
+        for parameter, old in before:
             parameter.data.copy_(old)
-            parameter.grad = grad
 
 
 def _train(
@@ -62,16 +61,21 @@ def _train(
     seed: int,
 ) -> None:
     available = len(engine.singles.calibration)
-    optimizer = torch.optim.Adam(head, lr=learning_rate)
+    # Adam's squares of 16-bit gradients would be zero.
+    masters = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in head]
+    masters = [master.clone() for master in masters]
+    optimizer = torch.optim.Adam(masters, lr=learning_rate)
     for positions in _draws(available, steps, seed):
         total = torch.zeros((), device=head[0].device)
         for batch in engine.batches(positions):
             total = total + engine.loss(batch).to(total.device)
         loss = total / len(positions)
         gradients = torch.autograd.grad(loss, head, allow_unused=True)
-        for parameter, gradient in zip(head, gradients, strict=True):
-            parameter.grad = gradient
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.to(master.dtype)
         optimizer.step()
+        for parameter, master in zip(head, masters, strict=True):
+            parameter.data.copy_(master)
     engine.ranks.copy_from_first(parameter.data for parameter in head)
 
 

@@ -26,6 +26,7 @@ _PADDING = {
     "position_ids": 0,
     "token_type_ids": 0,
 }
+_COUNTED = ("decoder_input_ids", "input_ids", "inputs_embeds", "labels")
 # Samples in a batch where there is nothing to measure their length by.
 _WITHOUT_LENGTH = 16
 _MOST = 256
@@ -43,9 +44,17 @@ class Sample:
         self.position = position
         self.inputs = inputs
         self.length = _length(inputs)
+        self.tokens = None if self.length is None else _tokens(inputs)
+
+    @property
+    def unmasked(self) -> int | None:
+        """Tokens that an attention mask does not hide; None if there are no tokens."""
+        mask = None if self.length is None else self.inputs.get("attention_mask")
+        return int(mask.ne(0).sum()) if isinstance(mask, Tensor) else self.tokens
 
     def kind(self, padded: bool) -> tuple[Any, ...]:
         """Return what must be equal for two samples to share a batch."""
+        padded = padded and not _may_be_packed(self.inputs)
         if not isinstance(self.inputs, Mapping):
             leaves, spec = tree_flatten(self.inputs)
             return (str(spec), *map(_form, leaves))
@@ -61,6 +70,25 @@ def _length(inputs: Any) -> int | None:
             if isinstance(inputs.get(name), Tensor) and inputs[name].ndim > 1:
                 return int(inputs[name].shape[1])
     return None
+
+
+def _tokens(inputs: Any) -> int | None:
+    """Return the tokens of a sample: of all choices, or of the longer of two texts."""
+    if not isinstance(inputs, Mapping):
+        return None
+    shapes = [
+        value.shape[1:-1] if name == "inputs_embeds" else value.shape[1:]
+        for name, value in inputs.items()
+        if name in _COUNTED and isinstance(value, Tensor) and value.ndim > 1
+    ]
+    return max((shape.numel() for shape in shapes), default=None)
+
+
+def _may_be_packed(inputs: Any) -> bool:
+    """Return whether a mask would hide where one text ends and the next begins."""
+    if not isinstance(inputs, Mapping):
+        return False
+    return "position_ids" in inputs and "attention_mask" not in inputs
 
 
 def _is_ragged(name: str, value: Any) -> bool:
@@ -122,14 +150,13 @@ def plan(
         Batches of at least one sample, the longest samples first.
     """
     kinds: dict[tuple[Any, ...], list[Sample]] = {}
-    for sample in sorted(samples, key=lambda s: (-(s.length or 0), s.position)):
+    for sample in sorted(samples, key=lambda s: (-(s.tokens or 0), s.position)):
         kinds.setdefault(sample.kind(padded), []).append(sample)
     batches = []
     for alike in kinds.values():
-        longest = alike[0].length
         start = 0
         while start < len(alike):
-            longest = alike[start].length
+            longest = alike[start].tokens
             size = batch_size or _WITHOUT_LENGTH
             if batch_size is None and longest is not None:
                 size = min(_MOST, max(1, tokens // max(1, longest)))

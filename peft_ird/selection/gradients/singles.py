@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,8 @@ class Singles:
 
     def _collated(self, position: int) -> object:
         # A collator's masks do not depend on the order.
-        with own_randomness(self._seed_of(position)):
+        seed = self._seed_of(position)
+        with own_randomness(seed), _seeded(self.calibration.collate_fn, seed):
             inputs = self.calibration.batch(position, self.model)
         if self.calibration.loss is None:
             check_labels(inputs, self.model, position)
@@ -172,6 +174,22 @@ class Singles:
                 f"got {loss.tolist()}. Look at that sample and its labels."
             )
         return loss.reshape(())
+
+
+@contextmanager
+def _seeded(collate_fn: Any, seed: int) -> Iterator[None]:
+    """Lend a collator that draws by a generator of its own, or is to, another one."""
+    before = getattr(collate_fn, "generator", None)
+    makes_one = getattr(collate_fn, "seed", None) is not None
+    is_torch = getattr(collate_fn, "return_tensors", "pt") == "pt"
+    if not isinstance(before, torch.Generator) and not (makes_one and is_torch):
+        yield
+        return
+    collate_fn.generator = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        collate_fn.generator = before
 
 
 def _differentiated(

@@ -85,4 +85,4 @@ class Together:
 
 def size_of(batch: Sequence[Sample]) -> int:
     """Return a batch's tokens with padding, or its samples if they have no length."""
-    return len(batch) * max(sample.length or 1 for sample in batch)
+    return len(batch) * max(sample.tokens or 1 for sample in batch)

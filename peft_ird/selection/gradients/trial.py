@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -136,8 +137,9 @@ class Trial:
         if self._batch_size == 1:
             return [] if padded else self._loaded(samples[:1], padded)
         looked_at: list[Sample] = []
-        for start in range(0, len(samples), _LOOKED_AT):
-            looked_at += self._loaded(samples[start : start + _LOOKED_AT], padded)
+        step = max(1, ceil(len(samples) / _LOOKED_AT))
+        for start in range(step):  # data may be sorted
+            looked_at += self._loaded(samples[start::step], padded)
             pairs = _pairs(looked_at, padded, most=self._batch_size or 3)
             pair = max(pairs, key=_width, default=[])
             # Padding may do without a trial: equal shapes are always possible.
