@@ -63,7 +63,7 @@ def test_inspect_an_adapter(tmp_path, capsys):
     assert (
         f"entries: {total:,} (1.01 % of {config.provenance['num_candidates']:,})" in out
     )
-    assert "format version: 2" in out
+    assert "format version: 3" in out
     assert '"method": "random"' in out
     assert f"base model: {tmp_path / 'base'}" in out
     for module, named in config.nnz_pattern.items():

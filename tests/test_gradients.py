@@ -491,9 +491,12 @@ def test_a_mask_is_made_where_samples_of_several_lengths_have_none(lengths, has_
 @pytest.mark.parametrize("name", FILL)
 def test_every_known_field_is_padded_with_its_own_value(name):
     batch = [
-        Sample(n, {"input_ids": ids(size), name: torch.ones(1, size).long() * 5})
+        Sample(n, {
+            "input_ids": ids(size), "attention_mask": torch.ones(1, size).long(),
+            name: torch.ones(1, size).long() * 5,
+        })
         for n, size in enumerate((1, 3))
-    ]
+    ]  # fmt: skip
     assert positions(plan(batch, 10, None, True)) == [[1, 0]]
     joined = stack(batch, PAD, CPU)[name]
     assert joined.tolist() == [[5, FILL[name], FILL[name]], [5, 5, 5]]
