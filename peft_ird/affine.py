@@ -32,11 +32,15 @@ class Affine(IRDLayer):
             name: sum_dense(found, torch.float32) for name, found in deltas.items()
         }
 
+        # A compiler runs hooks on the share, too, and takes no copy of the module.
+        is_whole = torch.compiler.is_compiling() or self._is_alone()
+        call = self.base_layer if is_whole else self.get_base_layer().forward
+
         def run(*args: Any, **kwargs: Any) -> Tensor:
-            output: Tensor = self.get_base_layer().forward(*args, **kwargs)
+            output: Tensor = call(*args, **kwargs)
             return output + self._output_share(dense, *args, **kwargs).to(output.dtype)
 
-        if self._is_alone():
+        if is_whole:
             return run(*args, **kwargs)
         return with_forward(self.base_layer, run)(*args, **kwargs)
 

@@ -499,8 +499,9 @@ def test_a_traced_model_computes_with_what_it_is_given(dtype):
         assert not torch.equal(traced(first), traced(second))
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("make", [nn.LayerNorm, lambda size: nn.Linear(size, size)])
-def test_hooks_on_a_low_precision_layer_see_the_delta(make):
+def test_hooks_on_a_low_precision_layer_see_the_delta(make, is_compiled):
     torch.manual_seed(0)
     base = nn.Sequential(make(64)).bfloat16()
     settings = IRDConfig(density=0.5, method="random", init_weights=False)
@@ -508,6 +509,7 @@ def test_hooks_on_a_low_precision_layer_see_the_delta(make):
     layer = model.base_model.model[0]
     layer.base_layer.register_forward_hook(lambda *call: 2 * call[-1])
     x = torch.randn(3, 64, dtype=torch.bfloat16)
-    found = model(x).float()
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    found = (run if is_compiled else model)(x).float()
     model.merge_adapter()
     torch.testing.assert_close(found, model(x).float(), rtol=0.03, atol=0.3)

@@ -62,8 +62,10 @@ def _train(
 ) -> None:
     available = len(engine.singles.calibration)
     # Adam's squares of 16-bit gradients would be zero.
-    masters = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in head]
-    masters = [master.clone() for master in masters]
+    masters = [
+        p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+        for p in head
+    ]
     optimizer = torch.optim.Adam(masters, lr=learning_rate)
     for positions in _draws(available, steps, seed):
         total = torch.zeros((), device=head[0].device)
