@@ -117,14 +117,14 @@ def _compute_linear_and_product(
 
 
 def _fake_plus_product(y: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    rows, columns, is_transposed = others[2], others[3], others[-1]
+    _values, _places, rows, columns, *_, is_transposed = others
     return y.new_empty(y.shape), _fake_copy(x, rows if is_transposed else columns)
 
 
 def _fake_linear_and_product(
     x: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    rows, columns, is_transposed = others[3], others[4], others[-1]
+    _bias, _values, _places, rows, columns, _method, is_transposed = others
     y = x.new_empty(*x.shape[:-1], weight.shape[1 if is_transposed else 0])
     return y, _fake_copy(x, rows if is_transposed else columns)
 
@@ -203,8 +203,8 @@ def _compute_gradients(
 
 
 def _fake_gradients(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    values, (shape, dtype), is_transposed = others[2], others[6:8], others[-3]
-    needs_x, needs_values = others[-2:]
+    _kept, _weight, values, *_, shape, dtype, _method = others[:9]
+    is_transposed, needs_x, needs_values = others[9:]
     sizes = (*grad.shape[:-1], shape[0 if is_transposed else 1]) if needs_x else (0,)
     for_values = values.new_empty(values.shape if needs_values else 0)
     return grad.new_empty(sizes, dtype=dtype), for_values
