@@ -69,5 +69,6 @@ class Capture(TorchFunctionMode):
         recorder.picked.clear()
         if recorder.scale != 1.0:
             loss = loss.float().mul(recorder.scale)
-        torch.autograd.backward(loss)
+        # Parameters of the loss's own keep their gradients.
+        torch.autograd.backward(loss, inputs=[recorder.anchor])
         recorder.finish()

@@ -132,6 +132,29 @@ class _LayerNorm(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
+class _Copies(torch.autograd.Function):
+    """One copy of a parameter for each sample, ``[n, *shape]``; hands out its gradient.
+
+    Copies are in float32 or better.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, parameter: Tensor, _anchor: Tensor, recorder: Recorder
+    ) -> Tensor:
+        ctx.recorder, ctx.number = recorder, recorder.number(parameter)
+        recorder.use(ctx.number)
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        return parameter.to(dtype).expand(recorder.size, *parameter.shape).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        recorder: Recorder = ctx.recorder
+        values = grads[0].reshape(recorder.size, -1)
+        recorder.hand_out(ctx.number, recorder.dense(values))
+        return None, None, None
+
+
 def _sum_tokens(by_sample: Tensor) -> Tensor:
     """Sum over tokens in float32 or better. Shape ``[n, features]``."""
     dtype = torch.float64 if by_sample.dtype == torch.float64 else torch.float32
@@ -207,7 +230,7 @@ def _broadcast(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if numbers == [None, None]:
         return NotImplemented
     position = 1 if numbers[0] is None else 0
-    number, parameter, other = numbers[position], args[position], args[1 - position]
+    parameter, other = args[position], args[1 - position]
     if not isinstance(other, Tensor) or not other.is_floating_point():
         return NotImplemented
     shape = parameter.shape
@@ -218,24 +241,17 @@ def _broadcast(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if torch.broadcast_shapes(shape, other.shape) != other.shape:
         return NotImplemented
-    assert number is not None
-    copies = _copies(recorder, number, parameter, other.shape, len(shape))
+    copies = _copies(recorder, parameter, other.shape, len(shape))
     pair = (copies, other) if position == 0 else (other, copies)
     return func(*pair).to(torch.result_type(parameter, other))
 
 
 def _copies(
-    recorder: Recorder, number: int, parameter: Tensor, shape: torch.Size, own: int
+    recorder: Recorder, parameter: Tensor, shape: torch.Size, own: int
 ) -> Tensor:
     """Return a copy of a parameter per sample, which hands out its gradient."""
-    recorder.use(number)
+    copies: Tensor = _apply(_Copies, parameter, recorder.anchor, recorder)
     size = recorder.size
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    copies = parameter.detach().to(dtype).expand(size, *parameter.shape).clone()
-    copies.requires_grad_()
-    copies.register_hook(
-        lambda grad: recorder.hand_out(number, recorder.dense(grad.reshape(size, -1)))
-    )
     rest = parameter.shape[parameter.ndim - own :]
     between = (1,) * (len(shape) - 1 - own)
     each = shape[0] // size
