@@ -898,6 +898,38 @@ class TestModules:
         check_model(model, samples, LOSSES["mean"], set())
         check_model(model, samples, MIXING_LOSSES["mean by hand"], everything)
 
+    @pytest.mark.parametrize("shorter", [(2, 3, 2, 3), (3, 3, 3, 3)])
+    @pytest.mark.parametrize("longer", [(4, 5, 4, 5), (5, 5, 5, 5)])
+    def test_each_kind_of_samples_is_tried(self, longer, shorter):
+        """What is exact for samples with some fields need not be for others."""
+        samples = token_samples((*longer, *shorter))
+        for sample in samples[len(longer) :]:
+            sample["weights"] = torch.ones(1)
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            is_other = "weights" in batch
+            return (MIXING_LOSSES["mean by hand"] if is_other else cross_entropy)(
+                model, batch
+            )
+
+        model = net(linear())
+        everything = {name for name, _ in model.named_parameters()}
+        check_model(model, samples, loss, everything)
+
+    def test_a_parameter_that_one_kind_of_samples_uses_goes_with_batches(self):
+        class Either(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.short, self.long = linear(), linear()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return (self.long if x.shape[1] > 3 else self.short)(x)
+
+        samples = token_samples((4, 4, 4, 3, 3, 3))
+        for sample in samples[3:]:
+            sample["weights"] = torch.ones(1)
+        check_model(net(Either()), samples, cross_entropy, set())
+
     @pytest.mark.parametrize(("batch_size", "tried"), [(2, 2), (3, 3), (None, 3)])
     def test_no_more_samples_are_tried_than_make_a_batch(
         self, batch_size, tried, monkeypatch
@@ -906,7 +938,7 @@ class TestModules:
         compare = trial.Trial._compare
 
         def noting(self: Any, pair: Any, *args: Any) -> Any:
-            sizes.append(len(pair))
+            sizes.append(len(pair.samples))
             return compare(self, pair, *args)
 
         monkeypatch.setattr(trial.Trial, "_compare", noting)
@@ -1144,6 +1176,19 @@ MIXING_LOSSES: dict[str, Loss] = {
 
 
 class TestLosses:
+    def test_parameters_of_the_loss_keep_their_gradients(self):
+        centres = nn.Linear(CLASSES, CLASSES, bias=False, dtype=torch.float64)
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(centres(model(batch["input_ids"])), batch["labels"])
+
+        model, samples = net(linear()), token_samples()
+        check_model(model, samples, loss, set())
+        centres.weight.grad = None
+        pool = find_candidates(model, IRDConfig(density=0.1))
+        compute(model, Calibration(samples, loss=loss), pool)
+        assert centres.weight.grad is None
+
     @pytest.mark.parametrize("loss", LOSSES)
     def test_means_sums_and_vectors_are_exact_in_batches(self, loss):
         check_model(net(linear()), token_samples(), LOSSES[loss], set())

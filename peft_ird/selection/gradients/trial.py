@@ -1,19 +1,18 @@
 """Some samples through the model, together and alone: what is exact in batches."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from peft_ird.selection.gradients.batching import Sample
 from peft_ird.selection.gradients.dense import Dense
 from peft_ird.selection.gradients.forms import SampleGradients
+from peft_ird.selection.gradients.pairs import telling_pairs
 from peft_ird.selection.gradients.together import Together, size_of
 
 __all__ = ["Outcome", "Trial"]
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUGH_AGREEMENT = 0.2
 _NOISE = 1e-8
-_LOOKED_AT = 64  # samples at a time that a pair is chosen from
+_LOOKED_AT = 64  # samples at a time that pairs are chosen from
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,22 @@ class Outcome:
         )
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """Two samples of one kind, or three, or one, and what each of them gives alone.
+
+    Args:
+        samples: The samples.
+        losses: Their losses, ``[n]``, float64.
+        norms: Squared norms of their gradients, ``[n, parameters]``, float64; NaN where
+            there is no gradient.
+    """
+
+    samples: Sequence[Sample]
+    losses: Tensor
+    norms: Tensor
+
+
 class Trial:
     """Compares batches with single samples.
 
@@ -98,15 +113,17 @@ class Trial:
             samples: Positions in the calibration data.
 
         Raises:
-            ValueError: If a sample of the pair has a loss or gradient that is not
+            ValueError: If a sample that is tried has a loss or gradient that is not
                 finite, or labels out of range, or if no sample has a label.
         """
         best: Outcome | None = None
         for padded in (True, False):
-            pair, losses, norms = self._labelled_pair(samples, padded)
-            if not pair:
+            pairs = self._labelled_pairs(samples, padded)
+            if not pairs:
                 continue
-            found = self._compare(pair, padded, losses, norms)
+            found = Outcome.agreed([self._compare(pair, padded) for pair in pairs])
+            unused = torch.cat([pair.norms for pair in pairs]).isnan().all(0)
+            found = replace(found, alone=found.alone | _positions(unused))
             if best is None or len(found.alone) < len(best.alone):
                 best = found
             if len(best.alone) <= len(self._parts) // 4:
@@ -118,46 +135,44 @@ class Trial:
             )
         return best
 
-    def _labelled_pair(
-        self, samples: Sequence[int], padded: bool
-    ) -> tuple[list[Sample], Tensor, Tensor]:
-        """Return a pair, its losses and its norms; gradients of zero tell nothing."""
+    def _labelled_pairs(self, samples: Sequence[int], padded: bool) -> list[_Pair]:
+        """Return a pair of each kind, taken alone; gradients of zero tell nothing."""
         unlabelled = self._together.singles.unlabelled
         while True:
-            pair = self._pair([s for s in samples if s not in unlabelled], padded)
-            losses, norms = self._alone(pair)
-            if unlabelled.isdisjoint(sample.position for sample in pair):
-                return pair, losses, norms
+            groups = self._groups_of(
+                [s for s in samples if s not in unlabelled], padded
+            )
+            pairs = [_Pair(group, *self._alone(group)) for group in groups]
+            if unlabelled.isdisjoint(s.position for group in groups for s in group):
+                return pairs
 
-    def _pair(self, samples: Sequence[int], padded: bool) -> list[Sample]:
+    def _groups_of(self, samples: Sequence[int], padded: bool) -> list[list[Sample]]:
         """Return samples that may share a batch, of different lengths if padded.
 
         Where equal shapes are meant and there are none, it is one sample.
         """
         if self._batch_size == 1:
-            return [] if padded else self._loaded(samples[:1], padded)
-        looked_at: list[Sample] = []
+            looked_at = [] if padded else self._loaded(samples[:1], padded)
+            return [looked_at] if looked_at else []
+        looked_at = []
         step = max(1, ceil(len(samples) / _LOOKED_AT))
         for start in range(step):  # data may be sorted
             looked_at += self._loaded(samples[start::step], padded)
-            pairs = _pairs(looked_at, padded, most=self._batch_size or 3)
-            pair = max(pairs, key=_width, default=[])
+            found = telling_pairs(looked_at, padded, most=self._batch_size or 3)
             # Padding may do without a trial: equal shapes are always possible.
-            if pair or padded:
-                return pair
-        return looked_at[:1]
+            if found or padded:
+                return found
+        return [looked_at[:1]] if looked_at else []
 
     def _loaded(self, samples: Sequence[int], padded: bool) -> list[Sample]:
         return [self._together.singles.sample(s, padded) for s in samples]
 
-    def _compare(
-        self, pair: Sequence[Sample], padded: bool, losses: Tensor, expected: Tensor
-    ) -> Outcome:
+    def _compare(self, pair: _Pair, padded: bool) -> Outcome:
         try:
-            return self._batched(pair, padded, losses, expected)
+            return self._batched(pair, padded)
         except torch.OutOfMemoryError as problem:
             raise RuntimeError(
-                f"{problem} That was a batch of {len(pair)} samples: pass a "
+                f"{problem} That was a batch of {len(pair.samples)} samples: pass a "
                 "`memory_limit`, or Calibration(..., batch_size=1)."
             ) from problem
         except Exception as problem:  # whatever the model cannot do with a batch
@@ -165,7 +180,7 @@ class Trial:
             return Outcome(padded, False, self._parts)
 
     def _alone(self, pair: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """Return losses ``[n]`` and squared norms ``[n, parameters]``, NaN for none."""
+        """Return losses and squared norms, as a `_Pair` has them."""
         norms = torch.full((len(pair), len(self._parts)), torch.nan).double()
         losses = torch.zeros(len(pair), dtype=torch.float64)
         for n, sample in enumerate(pair):
@@ -178,21 +193,20 @@ class Trial:
                 gradients.clear()  # before those of the next
         return losses, norms
 
-    def _batched(
-        self, pair: Sequence[Sample], padded: bool, losses: Tensor, expected: Tensor
-    ) -> Outcome:
+    def _batched(self, pair: _Pair, padded: bool) -> Outcome:
+        samples, losses = pair.samples, pair.losses
         gradients: dict[int, SampleGradients] = {}
         saved = _SavedBytes()
         with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             passed = self._together.run(
-                pair, sorted(self._parts), gradients.__setitem__
+                samples, sorted(self._parts), gradients.__setitem__
             )
         if not _are_close(passed.loss.double().cpu(), losses.sum()):
             raise ValueError("the loss of a batch is not the sum of its samples'")
-        norms = torch.zeros_like(expected)
+        norms = torch.zeros_like(pair.norms)
         for part, each in gradients.items():
-            norms[:, part] = each.squared_norms(range(len(pair)))
-        tokens = size_of(pair)
+            norms[:, part] = each.squared_norms(range(len(samples)))
+        tokens = size_of(samples)
         by_token, by_sample = _held_bytes(gradients.values())
         has_losses = passed.losses is not None and _are_close(
             passed.losses.double().cpu(), losses
@@ -200,62 +214,23 @@ class Trial:
         return Outcome(
             padded,
             has_losses,
-            self._differing(norms, expected) | passed.misfits,
-            len(pair) == 1,
+            self._differing(norms, pair.norms.nan_to_num()) | passed.misfits,
+            len(samples) == 1,
             by_token / tokens,
-            by_sample / len(pair),
+            by_sample / len(samples),
             saved.total / tokens,
         )
 
     def _differing(self, norms: Tensor, expected: Tensor) -> frozenset[int]:
-        is_tried = ~expected.isnan().all(0)
-        expected = expected.nan_to_num()
         parameters = self._together.singles.pool.parameters
         share = max(_AGREEMENT.get(p.dtype, _ROUGH_AGREEMENT) for p in parameters)
         noise = _NOISE * expected.amax(1, keepdim=True)
         agrees = (norms - expected).abs() <= share * expected + noise
-        is_fine = agrees.all(0) & is_tried
-        return frozenset((~is_fine).nonzero().flatten().tolist())
+        return _positions(~agrees.all(0))
 
 
-def _pairs(
-    samples: Iterable[Sample], padded: bool, most: int
-) -> Iterator[list[Sample]]:
-    """Yield two samples of each kind; if padded three, the longest among them.
-
-    What a model does with long samples only shows if they are on both sides of that
-    length. Equal labels would hide that samples are exchanged for each other.
-    """
-    kinds: dict[tuple[Any, ...], list[Sample]] = {}
-    for sample in sorted(samples, key=lambda s: (s.length or 0, s.position)):
-        key = (*sample.kind(padded), None if padded else sample.length)
-        kinds.setdefault(key, []).append(sample)
-    for alike in kinds.values():
-        *others, last = alike
-        others = [o for o in others if (o.length != last.length) == padded]
-        if others:
-            telling = (other for other in others if not _alike(other, last))
-            first = next(telling, others[0])
-            middle = others[len(others) // 2]
-            is_between = (first.length or 0) < (middle.length or 0)
-            yield [first, *[middle] * (is_between and most > 2), last]
-
-
-def _width(pair: Sequence[Sample]) -> int:
-    return max(sample.length or 0 for sample in pair)
-
-
-def _alike(first: Sample, second: Sample) -> bool:
-    """Return whether two samples have equal labels, as far as they can be told."""
-    one, other = _labels(first), _labels(second)
-    both = isinstance(one, Tensor) and isinstance(other, Tensor)
-    return both and torch.equal(one, other)
-
-
-def _labels(sample: Sample) -> Any:
-    if isinstance(sample.inputs, Mapping):
-        return sample.inputs.get("labels")
-    return tree_leaves(sample.inputs)[-1]
+def _positions(mask: Tensor) -> frozenset[int]:
+    return frozenset(mask.nonzero().flatten().tolist())
 
 
 def _held_bytes(gradients: Iterable[SampleGradients]) -> tuple[int, int]:
