@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -334,6 +335,30 @@ def test_the_same_seed_gives_the_same_indices_whatever_the_global_state(name):
     two = select_parameters(model, config(name, **options), calibration)
     assert flat(one, model) == flat(two, model)
     assert one.samples == two.samples
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("ird", {}),
+        ("ird", {"temperature": 1.0}),
+        ("ird", {"head_warmup_steps": 2}),
+        ("ird", {"scope": "per_module", "fisher": "sampled"}),
+        ("random", {}),
+        ("magnitude", {}),
+    ],
+)
+@pytest.mark.parametrize(
+    "around", [torch.inference_mode, torch.no_grad, partial(torch.device, "meta")]
+)
+def test_a_selection_does_not_depend_on_modes_around_it(method, settings, around):
+    model, samples = make_model("bert"), make_samples("bert", 8)
+    options = config("bert", density=0.01, num_samples=8, method=method, **settings)
+    expected = select_parameters(model, options, samples)
+    with around():
+        found = select_parameters(model, options, samples)
+    assert flat(found, model) == flat(expected, model)
+    assert_close(found.sample_scores, expected.sample_scores)
 
 
 @pytest.mark.parametrize("method", ["ird", "gradient", "random"])

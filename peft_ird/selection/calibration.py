@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from peft_ird.selection.defaults import on_device
 from peft_ird.selection.randomness import own_randomness
 
 __all__ = ["Calibration"]
@@ -60,6 +61,7 @@ class Calibration:
         self.batch_size = batch_size
         self._samples: Sequence[Any] | None = None
         self._is_batched = False
+        self._device = torch.get_default_device()  # of tensors that a loss makes
 
     @classmethod
     def of(cls, data: Any) -> "Calibration":
@@ -91,9 +93,10 @@ class Calibration:
         Raises:
             ValueError: If the model gives no loss, as without labels.
         """
-        if self.loss is not None:
-            return self.loss(model, batch)
-        loss = getattr(run(model, batch), "loss", None)
+        with on_device(self._device):
+            if self.loss is not None:
+                return self.loss(model, batch)
+            loss = getattr(run(model, batch), "loss", None)
         if loss is None:
             fields = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(

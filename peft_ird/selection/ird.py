@@ -10,11 +10,13 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.criteria import NEEDS_DATA, data_free_scores
 from peft_ird.selection.decrease import Decrease, Step, only_step
+from peft_ird.selection.defaults import on_device
 from peft_ird.selection.entries import Entries
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
@@ -59,7 +61,11 @@ def walk(
         ValueError: If there is no data or too little, or a budget or schedule that the
             pool cannot meet.
     """
-    with own_randomness(settings.seed), ExitStack() as stack:
+    with (
+        on_device(torch.device("cpu")),
+        own_randomness(settings.seed),
+        ExitStack() as stack,
+    ):
         if settings.method not in NEEDS_DATA:
             return Walk(pool, settings, [_choose_without_data(pool, settings)])
         k = entry_count(len(pool), len(pool), settings)

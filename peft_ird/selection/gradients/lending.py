@@ -34,7 +34,11 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     states = [(m, dict(m._buffers), _numbers(m)) for m in model.modules() if m._buffers]
     is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     has_cudnn = torch.backends.cudnn.enabled
-    with torch.random.fork_rng(seeded_devices()), torch.enable_grad():
+    with (
+        torch.random.fork_rng(seeded_devices()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         try:
             model.eval()
             # cuDNN's recurrent layers have no backward pass in eval mode.
