@@ -99,6 +99,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.rank and not options.method.startswith("lora"):
         parser.error(f"--rank is for LoRA, not for --method {options.method}")
+    if options.rank and options.budget:
+        parser.error("pass --rank or --budget, not both: one follows from the other")
     if options.budget and options.method in OWN_SIZE:
         parser.error(f"--budget is not for --method {options.method}: it has its own")
     if options.head_lr is not None and options.method == "diff_pruning":

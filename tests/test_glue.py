@@ -396,6 +396,7 @@ def test_every_method_has_a_rate_of_its_own(load):
         ("--lr nan", "--lr: must be at least 0, finite, got nan"),
         ("--options [1]", "--options: must be a JSON object, got [1]"),
         ("--dens 0.1", "unrecognized arguments: --dens 0.1"),
+        ("--rank 2 --budget 9 --method lora", "--rank or --budget, not both"),
         ("--rank 2", "--rank is for LoRA, not for --method ird"),
         ('--method lora --options {"scope":"global"}', "not for lora"),
         ('--options {"bogus":1}', "bogus: not among the options"),
