@@ -148,8 +148,36 @@ def test_tiles_of_any_size_give_the_same(problem, size):
     expected = (left.t() @ x).flatten()[places]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_TILE_BYTES", 4 * size)
+        patch.setattr(products, "_TURNED", size)
         assert_close(products.by_block(left, x, places), expected, **DOUBLE)
-    assert_close(products.by_sampling(left, x, places), expected, **DOUBLE)
+        assert_close(products.by_sampling(left, x, places), expected, **DOUBLE)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 31, 96, 384, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_portions_of_a_matrix_are_turned(tokens, dtype):
+    matrix = torch.randn(tokens, 10).to(dtype)
+    empty = torch.empty(10, 0)
+    for some in (matrix, matrix[:, ::2]):
+        found = list(products.turned(some))
+        assert all(each.is_contiguous() for each in found)
+        joined = torch.cat([empty[: some.shape[1]], *found], 1)
+        assert torch.equal(joined, some.float().t())
+
+
+def test_sampled_products_do_not_depend_on_the_number_of_threads():
+    """Processes that select together may have fewer of them than one alone."""
+    left, right = torch.randn(500, 40), torch.randn(500, 30)
+    places = torch.arange(0, 1200, 7)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(products.by_sampling(left, right, places))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @given(problems())

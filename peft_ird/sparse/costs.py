@@ -5,13 +5,14 @@ Costs are per token and in multiples of one multiplication of a dense matrix pro
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from peft_ird.sparse.products import METHODS, available
+from peft_ird.sparse.products import METHODS, available, turned
 
 __all__ = ["Costs", "calibrated", "cheapest"]
 
@@ -71,7 +72,7 @@ def cheapest(
     return min(METHODS, key=lambda method: costs.of(method, block, k))
 
 
-_TYPICAL = Costs(sampled=2.0, moved=16.0)  # on two cores with MKL
+_TYPICAL = Costs(sampled=8.0, moved=16.0)  # on two cores with MKL
 
 
 @cache
@@ -95,7 +96,7 @@ def calibrated(device: torch.device, dtype: torch.dtype) -> Costs:
         return _seconds(lambda: METHODS[method](left, right, places), device)
 
     unit = timed("block") / side**2
-    moved = _seconds(lambda: left.t().contiguous(), device) / unit / side
+    moved = _seconds(lambda: deque(turned(left), 0), device) / unit / side
 
     def entry(method: str) -> float:
         try:
