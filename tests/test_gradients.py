@@ -191,11 +191,20 @@ def places(data: st.DataObject, shape: torch.Size) -> Tensor:
     return torch.tensor(sorted(chosen), dtype=torch.int64)
 
 
+def sampling_costs(least=0.0, share=0.0, each=0.0):
+    """Constants that decide where entries are sampled."""
+    return {
+        "_SAMPLED_LEAST": least,
+        "_SAMPLED_SHARE": share,
+        "_SAMPLED_COST": each,
+    }
+
+
 @given(cases(), st.sampled_from([0, 1, math.inf]), few_bytes, st.booleans(), st.data())
 def test_chosen_entries_are_those_of_the_dense_gradient(case, cost, size, wide, data):
     flat = places(data, case.shape)
     kept = subset(data, len(case.gradients))
-    costs = {"_SAMPLED_SHARE": 0, "_SAMPLED_COST": cost, "_BLOCK_BYTES": size}
+    costs = {**sampling_costs(each=cost), "_BLOCK_BYTES": size}
     where = Where(flat, case.shape)
     with constants(is_wide=wide, **costs, _TILE_BYTES=size):
         found = case.form.at(kept, where)
@@ -213,7 +222,7 @@ def test_entries_are_squared_in_the_block_in_use_or_alone(parts, cost, size, dat
     flat = places(data, case.shape)
     kept = subset(data, len(case.gradients))
     where = Where(flat, case.shape)
-    with constants(_SAMPLED_SHARE=0, _SAMPLED_COST=cost, _TILE_BYTES=size):
+    with constants(**sampling_costs(each=cost), _TILE_BYTES=size):
         norms = case.form.squared_norms_at(kept, where)
         squares = case.form.squares_at(kept, where)
     expected = case.gradients[kept].flatten(1)[:, flat].square()
@@ -221,9 +230,12 @@ def test_entries_are_squared_in_the_block_in_use_or_alone(parts, cost, size, dat
     assert_close(squares, expected.sum(0), **TOL[torch.float64])
 
 
-@given(uses(["outer"]), st.booleans(), st.booleans(), st.data())
+@given(
+    uses(["outer"]), st.sampled_from(["least", "share", "each"]), st.booleans(),
+    st.data(),
+)  # fmt: skip
 def test_entries_are_sampled_only_where_a_block_of_them_costs_more(
-    parts, by_share, dear, data
+    parts, kind, dear, data
 ):
     (case, *_) = parts
     calls = []
@@ -240,12 +252,8 @@ def test_entries_are_sampled_only_where_a_block_of_them_costs_more(
     columns = len(set((flat % case.shape[1]).tolist()))
     # What sampling costs is a little less than the block's entries, or a little more.
     factor = 1.01 if dear else 0.99
-    share = rows * columns / case.shape.numel() * factor
-    each = rows * columns / len(flat) * factor
-    costs = {
-        "_SAMPLED_SHARE": share * by_share,
-        "_SAMPLED_COST": each * (not by_share),
-    }
+    units = {"least": 1, "share": case.shape.numel(), "each": len(flat)}
+    costs = sampling_costs(**{kind: rows * columns / units[kind] * factor})
     with constants(**costs), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Outer, "_sampled", counted)
         case.form.at(kept, Where(flat, case.shape))

@@ -7,6 +7,7 @@ token, ``r`` rows and ``c`` columns of the product, ``k`` entries.
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "METHODS",
+    "Sampling",
     "available",
     "by_block",
     "by_sampling",
@@ -65,20 +67,50 @@ def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
 
 def by_sampling(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     """Compute the entries only, one dot product each; as `by_block`."""
-    rows, width, places = left.shape[1], right.shape[1], places.long()
-    zeros = computable(left[:0]).new_zeros(len(places))
-    if not len(places):
-        return zeros
-    bounds = torch.arange(rows + 1, device=places.device) * width
-    _warn_of_nothing()
-    found = torch.sparse_csr_tensor(
-        torch.searchsorted(places, bounds), places % width, zeros,
-        size=(rows, width), check_invariants=False,
-    )  # fmt: skip
-    for one, other in zip(turned(left), turned(right), strict=True):
-        torch.sparse.sampled_addmm(found, one, other.t(), out=found)
-    values: Tensor = found.values()
-    return values
+    return Sampling.of(places, left.shape[1], right.shape[1])(left, right)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Entries of a product row by row, for dot products (compressed sparse rows).
+
+    Args:
+        bounds: Where the entries of each row begin and end. Shape ``[r + 1]``, int64.
+        columns: Column of each entry. Shape ``[k]``, int64.
+        width: Number of columns.
+    """
+
+    bounds: Tensor
+    columns: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, places: Tensor, rows: int, width: int) -> "Sampling":
+        """Return where entries are.
+
+        Args:
+            places: As for `by_block`.
+            rows: Rows of the product.
+            width: Columns of the product.
+        """
+        places = places.long()
+        firsts = torch.arange(rows + 1, device=places.device) * width
+        return cls(torch.searchsorted(places, firsts), places % width, width)
+
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the entries of a product; shapes as for `by_block`."""
+        zeros = computable(left[:0]).new_zeros(len(self.columns))
+        if not len(zeros):
+            return zeros
+        _warn_of_nothing()
+        found = torch.sparse_csr_tensor(
+            self.bounds, self.columns, zeros, size=(left.shape[1], self.width),
+            check_invariants=False,
+        )  # fmt: skip
+        for one, other in zip(turned(left), turned(right), strict=True):
+            torch.sparse.sampled_addmm(found, one, other.t(), out=found)
+        values: Tensor = found.values()
+        return values
 
 
 def turned(matrix: Tensor) -> Iterator[Tensor]:

@@ -15,16 +15,17 @@ from peft_ird.selection.gradients.dense import rows_of
 from peft_ird.selection.gradients.entrywise import Entrywise, Pick
 from peft_ird.selection.gradients.tiles import Room, grid, tiles
 from peft_ird.selection.gradients.where import Where
-from peft_ird.sparse.products import by_block, by_sampling
+from peft_ird.sparse.products import by_block
 
 __all__ = ["Outer", "join_outers"]
 
 # Bytes of gradients that are formed at once: on a GPU, or where few are wanted.
 _BLOCK_BYTES = 256 << 20
-# A sampled product takes as long as a dense one of this share of the matrix, and as
-# this many entries of a dense one for each entry.
-_SAMPLED_SHARE = 0.4
-_SAMPLED_COST = 4
+# A sampled product takes as long as a dense one of so many entries, of this share of the
+# matrix, and of this many entries for each of its own, together.
+_SAMPLED_LEAST = 50_000
+_SAMPLED_SHARE = 0.3
+_SAMPLED_COST = 2
 
 
 class Outer(Entrywise):
@@ -187,7 +188,8 @@ class Outer(Entrywise):
         """Return whether single dot products are cheaper than the block in use."""
         area = len(where.used[0]) * len(where.used[1])
         whole = self.shape[0] * self.shape[1]
-        return area > _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
+        dense = _SAMPLED_LEAST + _SAMPLED_SHARE * whole + _SAMPLED_COST * len(where)
+        return area > dense
 
     def _tokens(self, kept: Sequence[int]) -> slice:
         """Return from where to where any of some samples has live tokens."""
@@ -205,10 +207,7 @@ class Outer(Entrywise):
 
     def _sampled(self, rows: Sequence[int], where: Where) -> Tensor:
         """Multiply what the entries need, one dot product each."""
-        pairs = map(self.factors, rows)
-        return torch.stack(
-            [by_sampling(left, right, where.flat) for left, right in pairs]
-        )
+        return torch.stack([where.sampling(*self.factors(n)) for n in rows])
 
     def rows_at(self, n: int, rows: Tensor) -> Tensor:
         """Return whole rows of sample n's gradient. Shape ``[len(rows), i]``."""

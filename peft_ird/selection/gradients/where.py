@@ -5,6 +5,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from peft_ird.sparse.products import Sampling
+
 __all__ = ["Where"]
 
 
@@ -38,6 +40,11 @@ class Where:
         """Where each row begins among the entries. Shape ``[o + 1]``."""
         bounds = torch.arange(self.shape[0] + 1, device=self.flat.device)
         return torch.searchsorted(self.flat, bounds * self.shape[1])
+
+    @property
+    def sampling(self) -> Sampling:
+        """The way to the entries of a product, one by one."""
+        return Sampling(self.starts, self.column, self.shape[1])
 
     @cached_property
     def used(self) -> tuple[Tensor, Tensor, Tensor]:
