@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from peft_ird.layer import Deltas, IRDLayer
 from peft_ird.merging import is_low_precision
 from peft_ird.sparse.ops import sum_dense
-from peft_ird.sparse.ways import is_transformed
+from peft_ird.sparse.ways import is_dense
 from peft_ird.substitution import with_forward, with_parameters
 
 __all__ = ["Affine", "Norm"]
@@ -50,7 +50,7 @@ class Affine(IRDLayer):
         """Return whether the operators for sparse deltas can serve a call."""
         is_broken = torch.compiler.is_compiling() and not self._is_alone()
         has_one = _has_one_input(args, kwargs, deltas)
-        return has_one and not is_broken and not is_transformed()
+        return has_one and not is_broken and not is_dense()
 
     def _is_alone(self) -> bool:
         """Return whether the base layer has neither hooks nor another tuner on it."""

@@ -17,7 +17,7 @@ from peft_ird.sparse.embedding import plus_rows, rows_of
 from peft_ird.sparse.linear import linear
 from peft_ird.sparse.ops import add_deltas
 from peft_ird.sparse.separate import linear_and_product, plus_product
-from peft_ird.sparse.ways import is_autocast, is_transformed, way_in_force
+from peft_ird.sparse.ways import is_autocast, is_dense, way_in_force
 
 __all__ = [
     "Affine",
@@ -41,7 +41,7 @@ class CustomEmbedding(Affine):
         return base_layer.num_embeddings, base_layer.embedding_dim
 
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
-        is_eager = not (torch.compiler.is_compiling() or is_transformed())
+        is_eager = not (torch.compiler.is_compiling() or is_dense())
         if is_eager and self._only_looks_up and set(deltas) == {"weight"}:
             with Lookups(self.get_base_layer(), deltas["weight"]) as lookups:
                 output = self.base_layer(*args, **kwargs)

@@ -46,6 +46,7 @@ class IRDLayer(Reading, Holding):
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
         self.path = type(self.get_base_layer()).__name__
+        self.cast_input_dtype_enabled = True  # PEFT's helper turns it off for a while
         self.rounding = Rounding()
         self._disable_adapters = False
         self._unchecked = set()

@@ -407,13 +407,41 @@ def test_forward_mode_gives_what_backward_gives(kind):
     assert_close(found, wanted, **DOUBLE)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_double_backward_is_refused_and_never_wrong(way):
-    model, x = adapted(nn.Linear(8, 6).double()), floats().requires_grad_()
+@pytest.mark.parametrize("way", [*WAYS, None])
+def test_a_graph_of_the_gradients_is_refused(kind, way):
+    make, data = LAYERS[kind]
+    model, x = adapted(make().double()), data()
+    values = layer_of(model).irdelta_values["default"]["weight"]
     with forced(way=way):
-        (grad,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            grad.square().sum().backward()
+        loss = model(x).sin().sum()
+        with pytest.raises(RuntimeError, match=r'forced\(way="dense"\)'):
+            torch.autograd.grad(loss, values, create_graph=True)
+
+
+def test_the_dense_way_can_be_differentiated_twice(kind):
+    make, data = LAYERS[kind]
+    base = make().double()
+    model, x = adapted(base), data()
+    x = x.double().requires_grad_() if x.is_floating_point() else x
+    layer = layer_of(model)
+    values = layer.irdelta_values["default"]["weight"]
+    inputs = [values, x] if x.requires_grad else [values]
+
+    def twice(output):
+        grads = torch.autograd.grad(output.sin().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+    with forced(way="dense"):
+        found = twice(model(x))
+    weights = {}
+    for name, entries in layer.irdelta_values["default"].items():
+        weight = getattr(base, name).detach()
+        indices = layer.irdelta_indices["default"][name].long()
+        merged = weight.flatten().index_add(0, indices, entries)
+        weights[name] = merged.view_as(weight)
+    expected = twice(torch.func.functional_call(base, weights, (x,)))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, **DOUBLE)
 
 
 def test_an_empty_adapter_costs_nothing():

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 __all__ = ["Operator"]
 
@@ -54,7 +53,18 @@ class Operator:
         self._function: Any = None
         if backward is None or setup is None:
             return
-        self._opaque.register_autograd(backward, setup_context=setup)
+        gradients = backward
+
+        def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():  # a graph of the gradients is wanted
+                raise RuntimeError(
+                    "Gradients of IRD's layers cannot be differentiated, so not with "
+                    "`create_graph=True` either. Run the forward pass inside `with "
+                    'peft_ird.sparse.ways.forced(way="dense"):`, which is slower.'
+                )
+            return gradients(ctx, *grads)
+
+        self._opaque.register_autograd(once, setup_context=setup)
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = fresh(*inputs)
@@ -66,7 +76,7 @@ class Operator:
             (torch.autograd.Function,),
             {
                 "forward": staticmethod(forward),
-                "backward": staticmethod(once_differentiable(backward)),
+                "backward": staticmethod(once),
             },
         )
 

@@ -14,11 +14,12 @@ __all__ = [
     "forced",
     "gradient_in_force",
     "is_autocast",
-    "is_transformed",
+    "is_dense",
     "way_in_force",
 ]
 
 WAYS = ("in_weight", "separate")
+_ALL = (*WAYS, "dense")  # the last one is slow, but can be differentiated twice
 
 
 @dataclass
@@ -32,19 +33,21 @@ _FORCED = _Forced()
 
 @contextmanager
 def forced(way: str | None = None, gradient: str | None = None) -> Iterator[None]:
-    """Do all linear layers in one way, whatever it costs; for tests and measurements.
+    """Do all layers in one way, whatever it costs.
 
     All threads do, and what was compiled before is compiled again.
 
     Args:
-        way: ``"in_weight"`` or ``"separate"``; None for what fits the layer.
+        way: ``"in_weight"`` or ``"separate"``, for linear layers, or ``"dense"``: the
+            deltas are added to copies of the parameters by ordinary operations, of
+            which there are derivatives of any order. None for what fits the layer.
         gradient: One of the methods in `peft_ird.sparse.products`; None for the
             cheapest. What counts is the forward pass.
 
     Raises:
         ValueError: If there is no such way or method, or triton is not installed.
     """
-    for name, given, known in (("way", way, WAYS), ("gradient", gradient, METHODS)):
+    for name, given, known in (("way", way, _ALL), ("gradient", gradient, METHODS)):
         if given is not None and given not in known:
             raise ValueError(
                 f"`{name}` must be one of {', '.join(known)} or None, got {given!r}."
@@ -72,12 +75,15 @@ def gradient_in_force(chosen: str) -> str:
     return _FORCED.gradient or chosen
 
 
-def is_transformed() -> bool:
-    """Return whether functions are transformed, traced or differentiated forward.
+def is_dense() -> bool:
+    """Return whether deltas have to be added to parameters by ordinary operations.
 
+    So they have where functions are transformed, traced or differentiated forward.
     Custom operators allow none of it: forward mode would find silent zeros, and
     `torch.jit.trace` take their results for constants.
     """
+    if _FORCED.way == "dense":
+        return True
     if torch.compiler.is_compiling():
         return False
     if torch._C._get_tracing_state() is not None:

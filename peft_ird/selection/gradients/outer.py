@@ -21,8 +21,8 @@ __all__ = ["Outer", "join_outers"]
 
 # Bytes of gradients that are formed at once: on a GPU, or where few are wanted.
 _BLOCK_BYTES = 256 << 20
-# A sampled product takes as long as a dense one of so many entries, of this share of the
-# matrix, and of this many entries for each of its own, together.
+# A sampled product takes as long as a dense one of so many entries, of this share of
+# the matrix, and of this many entries for each of its own, together.
 _SAMPLED_LEAST = 50_000
 _SAMPLED_SHARE = 0.3
 _SAMPLED_COST = 2
