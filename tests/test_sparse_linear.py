@@ -1,11 +1,13 @@
 """Linear layers and embeddings with a sparse delta, against the dense computation."""
 
 import copy
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
-from peft_ird.sparse import costs, products
+from peft_ird.sparse import costs, lending, products
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows
 from peft_ird.sparse.lending import with_delta
@@ -255,6 +257,31 @@ def test_a_weight_that_other_processes_see_is_left_alone():
     with with_delta(weight, torch.tensor([4]), torch.ones(1)) as merged:
         assert torch.equal(weight, before)
         assert merged[1, 1] == before[1, 1] + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory maps are Linux's")
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_a_weight_in_a_file_is_left_alone(mode, tmp_path, monkeypatch):
+    path, looks = tmp_path / "weight", []
+    np.random.default_rng(0).random((6, 4), dtype=np.float32).tofile(path)
+    mapped = np.memmap(path, dtype=np.float32, mode=mode, shape=(6, 4))
+    look, kept = lending._is_mapped_privately, path.read_bytes()
+
+    def noting(address: int) -> bool:
+        looks.append((address, look(address)))
+        return looks[-1][1]
+
+    monkeypatch.setattr(lending, "_is_mapped_privately", noting)
+    model, x = adapted(nn.Linear(4, 6)), torch.randn(2, 4)
+    model.base_model.model[0].base_layer.weight.data = torch.from_numpy(mapped)
+    for _ in range(3):
+        found = model(x)
+        found.sum().backward()
+    assert looks == [(mapped.ctypes.data, mode == "c")]  # once
+    assert path.read_bytes() == kept
+    model.base_model.model[0].base_layer.weight.data = torch.tensor(np.array(mapped))
+    assert_close(found, model(x))
 
 
 def adapted(module: nn.Module, density=0.3, **options):

@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["unlent", "with_delta"]
 
@@ -13,15 +15,18 @@ __all__ = ["unlent", "with_delta"]
 # Large tensors start at one place in their pages, which a prime number spreads.
 _LOCKS = tuple(threading.Lock() for _ in range(61))
 _ALIGNMENT = 64
+# weight -> its address, and whether memory that is not torch's own is private there
+_PRIVATE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @contextmanager
 def with_delta(weight: Tensor, indices: Tensor, values: Tensor) -> Iterator[Tensor]:
     """Write a delta into a weight; every bit is put back, whatever happens inside.
 
-    Memory that other processes see is left alone: they get no lock. There, where flat
-    positions are not those in memory, and where torch forbids to write (to what was
-    made in inference mode, outside it), a copy has the delta.
+    Memory that other processes see, or that cannot be written to, is left alone: they
+    get no lock. There, where flat positions are not those in memory, and where torch
+    forbids to write (to what was made in inference mode, outside it), a copy has the
+    delta.
 
     Args:
         weight: The weight; autograd does not notice what is done to it.
@@ -32,7 +37,7 @@ def with_delta(weight: Tensor, indices: Tensor, values: Tensor) -> Iterator[Tens
         The weight with the delta, for use inside only.
     """
     lent, added = weight.data, values.detach().to(weight.dtype)
-    if not _is_lendable(lent):
+    if not (_is_lendable(lent) and _is_private(weight)):
         lent = lent.clone(memory_format=torch.contiguous_format)
         lent.view(-1).index_add_(0, indices, added)
         yield lent
@@ -62,6 +67,30 @@ def _is_lendable(weight: Tensor) -> bool:
     is_seen = weight.device.type == "cpu" and weight.untyped_storage().is_shared()
     is_locked = weight.is_inference() and not torch.is_inference_mode_enabled()
     return weight.is_contiguous() and not is_seen and not is_locked
+
+
+def _is_private(weight: Tensor) -> bool:
+    """Return whether a weight lies in memory of this process, to be written to."""
+    if weight.device.type != "cpu" or weight.untyped_storage().resizable():
+        return True  # torch's own
+    address = weight.data_ptr()
+    known: tuple[int, bool] | None = _PRIVATE.get(weight)
+    if known is None or known[0] != address:
+        known = _PRIVATE[weight] = address, _is_mapped_privately(address)
+    return known[1]
+
+
+def _is_mapped_privately(address: int) -> bool:
+    """Look an address up in the memory map; without one nothing is known of it."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return True
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        span, permissions, *_ = line.split()
+        first, _, last = span.partition("-")
+        if int(first, 16) <= address < int(last, 16):
+            return permissions.startswith("rw") and permissions.endswith("p")
+    return True
 
 
 def _lock(weight: Tensor) -> threading.Lock:
