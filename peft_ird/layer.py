@@ -263,6 +263,14 @@ class IRDLayer(Reading, Holding):
                         deltas.setdefault(name, []).append(delta)
         return deltas
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        weights = map(self._base_parameter, self.entry_counts(adapter_name))
+        if device is None and any(weight.is_meta for weight in weights):
+            device = torch.device("cpu")  # they are offloaded; indices would be lost
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         module = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._unchecked.update(self._supports)  # `to_empty` leaves no indices there

@@ -20,6 +20,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.utils import PeftType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -952,6 +953,43 @@ def test_a_model_is_offloaded_with_its_adapters(name, target):
         assert_close(found, expected.float(), **TOL[torch.float32])
         values = [p for n, p in model.named_parameters() if "irdelta_values" in n]
         assert all(p.is_meta for p in values)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_an_adapter_is_loaded_for_layers_on_disk(low_cpu_mem_usage, tmp_path):
+    model = adapted("bert", target_modules=["query"], density=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model, "bert")
+    base = make_model("bert")
+    base.save_pretrained(tmp_path / "base")
+    parts = {name: "cpu" for name, m in base.named_modules() if not [*m.children()]}
+    parts["bert.encoder.layer.1"] = "disk"
+    parts = {
+        n: d for n, d in parts.items() if not n.startswith("bert.encoder.layer.1.")
+    }
+    base = type(base).from_pretrained(
+        tmp_path / "base", device_map=parts, offload_folder=tmp_path / "off"
+    )
+    loaded = PeftModel.from_pretrained(
+        base,
+        tmp_path / "adapter",
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        device_map={f"base_model.model.{name}": d for name, d in parts.items()},
+        offload_folder=tmp_path / "off",
+    )
+    assert_close(logits(loaded, "bert"), expected)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_casting_of_inputs_is_turned_off_and_on(mixed):
+    other = LoraConfig(target_modules=["first"])
+    model = get_peft_model(blocks(), other if mixed else sparse("first"), mixed=mixed)
+    model.add_adapter("other", sparse("second.lin"))
+    layers = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    with disable_input_dtype_casting(model):
+        assert not any(layer.cast_input_dtype_enabled for layer in layers)
+    assert all(layer.cast_input_dtype_enabled for layer in layers)
+    assert len(layers) == 2
 
 
 def sparse(*targets: str) -> IRDConfig:
