@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from peft_ird._registration import PREFIX, UnloadsNested
 from peft_ird.combining import Combination, add_combined
@@ -236,7 +237,15 @@ class IRDModel(UnloadsNested):
         super()._check_tied_modules(model, whole)
 
     def _check_merge_allowed(self) -> None:
-        """Do nothing: merging writes into the shared parameter itself."""
+        """Refuse sharded weights; tied ones are fine, merging writes to them itself."""
+        for name, layer in layers_of(self.model).items():
+            for parameter, weight in layer.get_base_layer()._parameters.items():
+                if isinstance(weight, DTensor) and layer.has_entries(parameter):
+                    raise ValueError(
+                        f"'{name}.{parameter}' is sharded over devices; deltas can "
+                        "only be merged into whole weights. Save the adapter, and "
+                        "merge it into an unsharded model."
+                    )
 
     @classmethod
     def _get_adapter_state_dict(

@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from peft_ird import Calibration, IRDConfig, select_parameters
 from peft_ird.selection.gradients.ranks import Ranks
@@ -180,3 +185,27 @@ def test_work_is_dealt_out_once_and_evenly(size):
     assert all(share == sorted(share) for share in shares)
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs)
+
+
+@pytest.fixture
+def mesh():
+    """Two devices, of which only this one is there."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_are_neither_chosen_from_nor_merged_into(mesh):
+    config = IRDConfig(density=0.3, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
+    first, last = model.base_model.model
+    before = first.base_layer.weight.clone()
+    base = last.get_base_layer()
+    base.weight = nn.Parameter(distribute_tensor(base.weight.detach(), mesh))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"'1\.weight' is sharded"):
+            merge()
+        assert torch.equal(first.base_layer.weight, before)
+        assert not first.merged
+    with pytest.raises(ValueError, match=r"'1\.weight' is sharded"):
+        select_parameters(nn.Sequential(nn.Linear(4, 4), base), config)
