@@ -51,7 +51,8 @@ def parameter_shapes(
                 raise ValueError(
                     f"The base model has no parameter '{module}.{name}', for which the "
                     "adapter has entries. Load the base model that the adapter was "
-                    "made for."
+                    "made for; modules of other names are not found by a "
+                    "`key_mapping`."
                 )
             shapes.setdefault(module, {})[name] = list(parameter.shape)
     return shapes

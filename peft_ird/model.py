@@ -34,7 +34,7 @@ from peft_ird.layer import IRDLayer, layers_of
 from peft_ird.merging import Rounding, report_rounding
 from peft_ird.mixed_batch import handed_out
 from peft_ird.record import check_base, fingerprints
-from peft_ird.settling import fitted, same_names, settle
+from peft_ird.settling import check_sizes, fitted, same_names, settle
 from peft_ird.sparse.storage import (
     FORMAT,
     VALUES,
@@ -299,6 +299,7 @@ class IRDModel(UnloadsNested):
             shapes = parameter_shapes(model, expected)
             state_dict = with_coded_indices(state_dict, shapes)
             entries = read_entries(state_dict, expected, shapes)
+            check_sizes(base, entries, shapes)
             config.forget_fingerprints(replaced_modules(state_dict))
             if is_new and not config.ignore_base_mismatch:
                 check_base(base, entries, config.fingerprint or {})

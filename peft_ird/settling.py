@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from peft_ird.targets import (
     select_parameters,
 )
 
-__all__ = ["fitted", "same_names", "settle"]
+__all__ = ["check_sizes", "fitted", "same_names", "settle"]
 
 
 def settle(
@@ -100,6 +101,39 @@ def fitted(
         elif VALUES in key and tensor.dtype == torch.bfloat16:
             found[key] = tensor.float()
     return found
+
+
+def check_sizes(model: nn.Module, entries: Entries, shapes: Shapes) -> None:
+    """Refuse entries that were saved for parameters of other sizes.
+
+    Only tables of tokens may have got rows since.
+
+    Args:
+        model: The model, with or without adapters.
+        entries: What was saved.
+        shapes: Shapes of the parameters here.
+
+    Raises:
+        ValueError: If a size differs.
+    """
+    base: Any = base_model(model)
+    modules = dict(base_modules(base))
+    tables = [m for m in modules.values() if isinstance(m, nn.Embedding)]
+    with suppress(AttributeError, NotImplementedError):
+        tables.append(base.get_output_embeddings())
+    growing = {id(p) for table in tables if table for p in table.parameters()}
+    for module, named in entries.items():
+        for name, (_, numel) in named.items():
+            shape = shapes[module][name]
+            may_grow = id(getattr(modules[module], name)) in growing
+            before = [numel // shape[-1], *shape[1:]] if may_grow else []
+            if numel != math.prod(shape) and not _fits(before, shape):
+                raise ValueError(
+                    f"The adapter was made for another base model: its "
+                    f"'{module}.{name}' has {numel} weights, here it has "
+                    f"{math.prod(shape)}, of shape {shape}. Load the base model that "
+                    "adapter_config.json names."
+                )
 
 
 def _check_size(config: IRDConfig, size: int, candidates: int) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -546,6 +547,34 @@ def test_inject_adapter_in_model_and_its_state_dict(name):
     ).eval()
     set_peft_model_state_dict(fresh, state_dict)
     assert torch.equal(logits(fresh, name), expected)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_entries_of_another_size_are_refused(width, tmp_path):
+    """Flat positions would be those of other rows and columns."""
+    options = {"density": 0.3, "method": "random", "target_modules": ["lin"]}
+
+    def model(width: int) -> PeftModel:
+        base = nn.Sequential(OrderedDict(lin=nn.Linear(width, width, bias=False)))
+        return get_peft_model(base, IRDConfig(**options))
+
+    narrow, wide = model(8), model(width)
+    state_dict = get_peft_model_state_dict(narrow)
+    narrow.save_pretrained(tmp_path)
+    before = get_peft_model_state_dict(wide)
+    bare = {k.removeprefix("base_model.model."): t for k, t in state_dict.items()}
+    fresh = inject_adapter_in_model(
+        IRDConfig(**options), model(width).unload(), state_dict=bare
+    )
+    for load in (
+        lambda: set_peft_model_state_dict(wide, state_dict),
+        lambda: wide.load_adapter(tmp_path, "default"),
+        lambda: set_peft_model_state_dict(fresh, bare),
+    ):
+        with pytest.raises(ValueError, match="weight"):
+            load()
+    after = get_peft_model_state_dict(wide)
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
 def test_a_resized_adapter_is_trainable_and_logged(name, caplog):
