@@ -985,7 +985,10 @@ def test_a_model_is_offloaded_with_its_adapters(name, target):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_an_adapter_is_loaded_for_layers_on_disk(low_cpu_mem_usage, tmp_path):
+def test_an_adapter_is_loaded_for_layers_on_disk(
+    low_cpu_mem_usage, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # transformers writes to the working directory
     model = adapted("bert", target_modules=["query"], density=0.3)
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model, "bert")
