@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import (
     BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -418,6 +420,31 @@ class LlamaNorm(nn.Module):
         return self.weight * (x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt())
 
 
+class GemmaNorm(LlamaNorm):
+    """Multiplies with one more than its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        return normed * (1.0 + self.weight.to(x.dtype))
+
+
+class CohereNorm(LlamaNorm):
+    """Multiplies with its weight in the type of the computation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+        return self.weight.to(torch.float64) * normed
+
+
+class Overwritten(nn.Linear):
+    """Writes to its output, as Longformer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        y /= 2
+        return y
+
+
 class Table(nn.Module):
     """Adds a parameter that is one for each position."""
 
@@ -579,6 +606,17 @@ class Scaled(nn.Module):
         return F.linear(x, self.scale * self.linear.weight, self.linear.bias)
 
 
+class Either(nn.Module):
+    """Has a layer for short samples and one for long ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.long = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.long if x.shape[1] > 3 else self.short)(x)
+
+
 class Checkpointed(nn.Module):
     """Computes a part of itself again in the backward pass, in any mode."""
 
@@ -603,6 +641,10 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "layer norm without bias": (lambda: nn.LayerNorm(WIDTH, bias=False), set()),
     "rms norm": (lambda: nn.RMSNorm(WIDTH), set()),
     "llama's norm": (LlamaNorm, set()),
+    "gemma's norm": (GemmaNorm, set()),
+    "gemma's norm twice": (lambda: Twice(GemmaNorm()), set()),
+    "cohere's norm": (CohereNorm, set()),
+    "overwritten output": (lambda: Overwritten(WIDTH, WIDTH), set()),
     "table of positions": (lambda: Table(1, 4, WIDTH), set()),
     "flat table of positions": (lambda: Table(4, WIDTH), set()),
     "embedding of positions": (Positions, set()),
@@ -794,6 +836,38 @@ class TestModules:
         ]
         check_model(Choices().double(), samples, cross_entropy, set())
 
+    def test_experts_go_with_batches_whatever_the_model_computes_them_by(self):
+        config = MixtralConfig(
+            vocab_size=VOCABULARY, hidden_size=8, intermediate_size=12,
+            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            num_local_experts=4, max_position_embeddings=16,
+        )  # fmt: skip
+        model = MixtralForCausalLM(config).eval()
+        before = model.config.to_dict(), model.config._experts_implementation
+        samples = [
+            {**s, "labels": s["input_ids"]} for s in token_samples((5, 4, 5, 4, 3, 5))
+        ]
+        pool = find_candidates(model, IRDConfig(task_type="CAUSAL_LM", density=0.1))
+        found = compute(model, Calibration(samples), pool)
+        assert not any("attn" in name or "norm" in name for name in found.alone)
+        assert (model.config.to_dict(), model.config._experts_implementation) == before
+
+    def test_a_state_that_a_forward_leaves_is_not_kept(self):
+        class Stateful(nn.Linear):
+            state: Tensor | None = None
+
+            def __init__(self) -> None:
+                super().__init__(WIDTH, WIDTH)
+                self.state = None
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.state = super().forward(x)
+                return self.state
+
+        model = net(Stateful())
+        check_model(model, token_samples(), cross_entropy)
+        assert model.body.state is None
+
     def test_checkpoints_that_are_always_on_are_exact(self):
         model = net(Checkpointed(reentrant=False))
         check_model(model, token_samples(), cross_entropy)
@@ -916,15 +990,23 @@ class TestModules:
         everything = {name for name, _ in model.named_parameters()}
         check_model(model, samples, loss, everything)
 
+    def test_samples_that_are_kept_may_do_without_some_parameters(self):
+        model, samples = net(Either()), token_samples((4, 3) * 4)
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            weight = 10.0 if batch["input_ids"].shape[1] > 3 else 0.1
+            return weight * cross_entropy(model, batch)
+
+        config = IRDConfig(density=0.1, num_samples=8, initial_density=0.9)
+        found = select_parameters(model, config, Calibration(samples, loss=loss))
+        assert len(found.samples) < 4  # long ones alone
+        assert all(position % 2 == 0 for position in found.samples)
+        config = IRDConfig(density=0.1, num_samples=4, method="fish")
+        data = Calibration(samples[::2], loss=loss)
+        with pytest.raises(ValueError, match=r"no gradient from any.*short"):
+            select_parameters(model, config, data)
+
     def test_a_parameter_that_one_kind_of_samples_uses_goes_with_batches(self):
-        class Either(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.short, self.long = linear(), linear()
-
-            def forward(self, x: Tensor) -> Tensor:
-                return (self.long if x.shape[1] > 3 else self.short)(x)
-
         samples = token_samples((4, 4, 4, 3, 3, 3))
         for sample in samples[3:]:
             sample["weights"] = torch.ones(1)

@@ -77,6 +77,7 @@ class FisherEstimator:
     ) -> None:
         self.pool = pool
         self._seed = seed
+        self._seen: set[int] = set()  # parameters that some sample uses
         self._ranks = Ranks()
         limits = Limits.of(pool, calibration.batch_size, memory_limit, self._ranks)
         self._groups = pool.groups(limits.accumulator_bytes, ACCUMULATOR_BYTES)
@@ -310,8 +311,9 @@ class FisherEstimator:
         }
 
     def _check_used(self, parts: Sequence[int], seen: set[int]) -> None:
-        everywhere = set().union(*self._ranks.gather(seen))
-        unused = [self.pool.name(part) for part in parts if part not in everywhere]
+        # Samples that are kept may do without what all of them together use.
+        self._seen.update(*self._ranks.gather(seen))
+        unused = [self.pool.name(part) for part in parts if part not in self._seen]
         if len(unused) == len(self.pool.sizes):
             raise ValueError(
                 f"The loss does not depend on any of the {len(unused)} targeted "

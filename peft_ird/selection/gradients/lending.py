@@ -11,7 +11,9 @@ from peft_ird.selection.randomness import seeded_devices
 
 __all__ = ["borrowed", "requiring_grad"]
 
-_OPTIONS = ("problem_type", "return_dict")  # of a configuration
+# Of configurations. The first forward sets one of them; without the other, outputs are
+# tuples; caches are of no use; and a grouped product mixes the rows of samples.
+_OPTIONS = ("problem_type", "return_dict", "use_cache", "_experts_implementation")
 
 
 @contextmanager
@@ -19,22 +21,20 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     """Lend a model for the gradients of its parameters; it comes back as it was.
 
     Inside, the model is in eval mode, every parameter is frozen and outputs have names.
-    Modes, ``requires_grad``, ``grad``, the random state and buffers that a forward
-    replaces (as some rotary embeddings do at another length) are restored, also on
-    errors.
+    Modes, ``requires_grad``, ``grad``, options, the random state and what a forward
+    replaces (as buffers of some rotary embeddings at another length, or a state) are
+    restored, also on errors.
 
     Args:
         model: The model.
     """
-    config: Any = getattr(model, "config", None)
-    # The first forward sets one of them; without the other, outputs are tuples.
-    options = {n: getattr(config, n) for n in _OPTIONS if hasattr(config, n)}
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    states = [(m, dict(m._buffers), _numbers(m)) for m in model.modules() if m._buffers]
+    states = [(m, dict(m._buffers), _state(m)) for m in model.modules()]
     is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     has_cudnn = torch.backends.cudnn.enabled
     with (
+        _configured(model),
         torch.random.fork_rng(seeded_devices()),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -43,8 +43,6 @@ def borrowed(model: nn.Module) -> Iterator[None]:
             model.eval()
             # cuDNN's recurrent layers have no backward pass in eval mode.
             torch.backends.cudnn.enabled = has_cudnn and not is_recurrent
-            if "return_dict" in options:
-                config.return_dict = True
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             yield
@@ -53,17 +51,41 @@ def borrowed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            for module, buffers, numbers in states:
+            for module, buffers, state in states:
                 module._buffers.update(buffers)
-                module.__dict__.update(numbers)
-            for name, value in options.items():
-                setattr(config, name, value)
+                module.__dict__.update(state)
             torch.backends.cudnn.enabled = has_cudnn
 
 
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    """Return the numbers of a module, which may say what its buffers are for."""
-    return {k: v for k, v in vars(module).items() if isinstance(v, int | float)}
+@contextmanager
+def _configured(model: nn.Module) -> Iterator[None]:
+    """Set the options of a model and its parts as gradients of samples need them."""
+    whole: Any = getattr(model, "config", None)
+    parts = [module.__dict__.get("config") for module in model.modules()]
+    configs = {id(each): each for each in (whole, *parts) if each is not None}
+    options = [
+        (each, {name: getattr(each, name) for name in _OPTIONS if hasattr(each, name)})
+        for each in configs.values()
+    ]
+    try:
+        for config, given in options:
+            if config is whole and "return_dict" in given:
+                config.return_dict = True
+            if "use_cache" in given:
+                config.use_cache = False
+            if given.get("_experts_implementation") is not None:
+                config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, given in options:
+            for name, value in given.items():
+                setattr(config, name, value)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Return a module's tensors, and numbers, which may say what buffers are for."""
+    kinds = (int, float, torch.Tensor, type(None))
+    return {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class Recorder:
         self._labelled: dict[bool, set[int]] = {True: set(), False: set()}
         self.losses: list[Tensor] = []  # ``[n]`` for each mean that was replaced
         self._numbers = {id(p): i for i, p in parameters.items()}
+        self._aliases: list[Tensor] = []
         self._observe = observe
         self.scale = scale
         self._uses: dict[int, int] = defaultdict(int)
@@ -61,6 +62,12 @@ class Recorder:
     def number(self, tensor: Any) -> int | None:
         """Return the number of a parameter, None for any other tensor."""
         return self._numbers.get(id(tensor)) if tensor is not None else None
+
+    def alias(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Note that a tensor has the gradients of a parameter; return it."""
+        self._numbers[id(tensor)] = self._numbers[id(parameter)]
+        self._aliases.append(tensor)  # held, so that no other gets the number
+        return tensor
 
     def note_labels(self, are_there: Sequence[bool]) -> None:
         """Note which samples of the batch have a label in a mean."""

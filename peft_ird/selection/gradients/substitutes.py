@@ -35,9 +35,11 @@ class _Linear(torch.autograd.Function):
         ctx.numbers = recorder.number(weight), recorder.number(bias)
         for number in ctx.numbers:
             recorder.use(number)
-        if not transposed:
-            return F.linear(x, weight, bias)
-        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+        if transposed:
+            y = x @ weight if bias is None else torch.addmm(bias, x, weight)
+        else:
+            y = F.linear(x, weight, bias)
+        return y.data  # some models write to it, which autograd forbids with views
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -222,6 +224,23 @@ def _rms_norm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return _broadcast(recorder, torch.mul, (normed, weight), {})
 
 
+def _add(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """Let a parameter plus a number, as in norms, stand for the parameter."""
+    if len(args) == 2 and not kwargs:
+        for one, other in (args, args[::-1]):
+            if recorder.number(one) is not None and isinstance(other, int | float):
+                return recorder.alias(one, func(*args))
+    return _broadcast(recorder, func, args, kwargs)
+
+
+def _converted(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """Let a parameter in another type, or on another device, stand for itself."""
+    if recorder.number(args[0]) is None:
+        return NotImplemented
+    result = func(*args, **kwargs)
+    return recorder.alias(args[0], result) if result.is_floating_point() else result
+
+
 def _broadcast(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """Give each sample a copy of a parameter that is broadcast against a batch."""
     if len(args) != 2 or kwargs:
@@ -266,8 +285,8 @@ SUBSTITUTES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     **dict.fromkeys(
-        [torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.add, Tensor.add,
-         Tensor.__add__, Tensor.__radd__],
-        _broadcast,
+        [torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__], _broadcast
     ),
+    **dict.fromkeys([torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__], _add),
+    **dict.fromkeys([Tensor.to, Tensor.float], _converted),
 }  # fmt: skip
