@@ -64,7 +64,7 @@ def call_with_parameters(
     return result
 
 
-def _take_over(module: nn.Module, clone: nn.Module) -> None:
+def _take_over(module: Any, clone: Any) -> None:
     """Give a module what its copy has written to itself, as a state to go on from."""
     if isinstance(module, BaseTunerLayer):
         _take_over(module.base_layer, clone.base_layer)
