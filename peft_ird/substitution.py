@@ -58,22 +58,7 @@ def call_with_parameters(
         prefix = "base_layer." * (len(chain) - 1)
         named = {prefix + name: tensor for name, tensor in parameters.items()}
         return torch.func.functional_call(module, named, args, kwargs)
-    clone = with_parameters(module, parameters)
-    result = clone(*args, **kwargs)
-    _take_over(module, clone)
-    return result
-
-
-def _take_over(module: Any, clone: Any) -> None:
-    """Give a module what its copy has written to itself, as a state to go on from."""
-    if isinstance(module, BaseTunerLayer):
-        _take_over(module.base_layer, clone.base_layer)
-        return
-    before = vars(module)
-    for name, value in vars(clone).items():
-        is_own = name in {"_parameters", "_modules"}
-        if not is_own and (name not in before or before[name] is not value):
-            before[name] = value
+    return with_parameters(module, parameters)(*args, **kwargs)
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:

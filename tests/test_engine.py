@@ -19,11 +19,19 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
@@ -219,6 +227,67 @@ def flat(selection: Selection) -> list[tuple[str, str, list[int]]]:
     ]
 
 
+TEXT = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}  # fmt: skip
+SPEECH = {
+    "vocab_size": 40, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24, "pad_token_id": 0, "decoder_start_token_id": 1,
+    "eos_token_id": 2, "bos_token_id": 1,
+}  # fmt: skip
+UNUSED = ["pooler.dense", "embed_positions"]  # no gradient, or only of some rows
+
+
+def some_ids(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 40, shape, generator=generator)
+
+
+def heard(n: int, length: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    sound = torch.randn(1, 8, 16, generator=generator, dtype=torch.float64)
+    return {"input_features": sound, "labels": some_ids(n, 1, length)}
+
+
+def translated(n: int, length: int) -> dict[str, Tensor]:
+    return {"input_ids": some_ids(n, 1, length), "labels": some_ids(n + 9, 1, length)}
+
+
+def classified(n: int, length: int) -> dict[str, Tensor]:
+    return {"input_ids": some_ids(n, 1, length), "labels": torch.tensor([n % 2])}
+
+
+def chosen(n: int, length: int) -> dict[str, Tensor]:
+    return {"input_ids": some_ids(n, 1, 3, length), "labels": torch.tensor([n % 3])}
+
+
+# name -> (model, sample of a number and length, what goes alone in it)
+TABLES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], str]] = {
+    "whisper": (
+        lambda: WhisperForConditionalGeneration(
+            WhisperConfig(
+                **SPEECH, num_mel_bins=8, max_source_positions=8,
+                max_target_positions=32,
+            )
+        ),
+        heard,
+        "conv",
+    ),
+    "m2m100": (
+        lambda: M2M100ForConditionalGeneration(M2M100Config(**SPEECH)), translated, "",
+    ),
+    "deberta": (
+        lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**TEXT)),
+        classified,
+        "",
+    ),
+    "choices": (lambda: BertForMultipleChoice(BertConfig(**TEXT)), chosen, ""),
+}  # fmt: skip
+
+
 class TestTransformers:
     @pytest.mark.parametrize("keep", [False, True])
     def test_every_parameter_is_exact_in_batches(self, any_name, keep):
@@ -230,6 +299,20 @@ class TestTransformers:
         batches = hf_samples(any_name)
         found = compute(model, Calibration(batches), pool, keep)
         check(found, expected_of(model, batches, pool), alone=shared)
+
+    @pytest.mark.parametrize("kind", TABLES)
+    @pytest.mark.parametrize("lengths", [(4, 4, 4, 4, 4, 4), (6, 4, 5, 6, 4, 3)])
+    def test_rows_of_a_table_are_no_rows_of_a_batch(self, kind, lengths):
+        """Positions that are looked up, and logits of all samples that have labels."""
+        make, sample, ending = TABLES[kind]
+        model = make().double().eval()
+        samples = [sample(n, length) for n, length in enumerate(lengths)]
+        everything = {name for name, _ in model.named_parameters()}
+        alone = {name for name in everything if ending and ending in name}
+        pool = find_candidates(model, IRDConfig(density=0.1, exclude_modules=UNUSED))
+        data = [{name: field[0] for name, field in s.items()} for s in samples]
+        found = compute(model, Calibration(data), pool)
+        check(found, expected_of(model, samples, pool), alone)
 
     def test_any_choice_of_parameters_is_exact(self, name):
         model = make_model(name).double()

@@ -216,31 +216,6 @@ class Scaled(nn.Linear):
         return super().forward(x).tanh() * 10
 
 
-class Recurrent(nn.Module):
-    """Goes on from the state that its last call left, as RecurrentGemma does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
-        self.state = None
-
-    def forward(self, x):
-        before = 0 if self.state is None else self.state
-        self.state = x * self.weight + before
-        return self.state
-
-
-def test_a_module_keeps_the_state_that_it_writes_to_itself():
-    settings = IRDConfig(density=1.0, method="random", init_weights=False)
-    model = get_peft_model(nn.Sequential(Recurrent()), settings)
-    layer, x = model.base_model.model[0], torch.randn(2, 3)
-    weight = layer.base_layer.weight + layer.get_delta_weight("default")
-    assert_close(model(x), x * weight)
-    assert_close(model(x), 2 * x * weight)
-    assert torch.equal(layer.base_layer.weight, torch.ones(3))
-    assert_close(copy.deepcopy(layer.base_layer.state.detach()), 2 * x * weight)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_subclass_with_its_own_forward_is_not_taken_for_its_base(dtype):
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
-__all__ = ["Sample", "cut", "plan", "stack", "widths"]
+__all__ = ["Sample", "cut", "plan", "rows_of_batch", "stack", "widths"]
 
 # What a field is padded with on the right; other fields must be of equal shape.
 _PADDING = {
@@ -197,6 +197,18 @@ def widths(inputs: Any) -> set[int]:
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     found = {leaf.shape[1] for leaf in leaves if leaf.ndim > 1}
     return found | {width - 1 for width in found}
+
+
+def rows_of_batch(inputs: Any) -> int | None:
+    """Return the rows that a model makes of a batch of choices; None without choices.
+
+    Args:
+        inputs: A batch.
+    """
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if isinstance(ids, Tensor) and ids.ndim == 3:
+        return ids.shape[:2].numel()
+    return None
 
 
 def _join(name: str, values: list[Any], pad_token: int) -> Any:

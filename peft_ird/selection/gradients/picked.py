@@ -1,6 +1,6 @@
 """Rows that were picked out of a batch by an index, which may come in any number."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ class Picked:
 
     Args:
         size: Number of samples in the batch.
+        tables: Addresses of what belongs to the model: rows of it are nobody's.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, tables: Collection[int] = ()) -> None:
         self.size = size
+        self._tables = tables
         self._found: dict[int, Tensor] = {}  # held, so that no other gets the number
 
     def __contains__(self, tensor: Tensor) -> bool:
@@ -63,7 +65,9 @@ class Picked:
             return dim in {0, -ndim} and not self._is_one_each(args[0])
         if func in _GATHERED:
             at = 1 if func in {torch.gather, Tensor.gather} else 2
-            return kwargs.get("dim", *args[at : at + 1] or (None,)) in {0, -ndim, None}
+            dim = kwargs.get("dim", *args[at : at + 1] or (None,))
+            where = tensors((*args[1:], *kwargs.values()))[-1]
+            return dim in {0, -ndim, None} and not self._are_whole(args[0], where)
         if func in _REPEATED:
             return isinstance(kwargs.get("repeats", *args[1:2] or (1,)), Tensor)
         if func is F.embedding:  # of what was computed; parameters are substituted
@@ -71,9 +75,19 @@ class Picked:
         if func not in _INDEXED or not isinstance(args[0], Tensor):
             return False
         source, index = args[0], kwargs.get("index", args[-1])
+        if source.untyped_storage().data_ptr() in self._tables:
+            return False
         if isinstance(index, tuple):
             index = next((part for part in index if part is not None), None)
         return isinstance(index, Tensor) and not self._in_order(source, index)
+
+    def _are_whole(self, source: Tensor, index: Tensor) -> bool:
+        """Return whether what is gathered is whole rows, sorted, of each sample."""
+        if not index.numel():
+            return False
+        rows = index.reshape(len(index), -1) if index.ndim else index.view(1, 1)
+        is_same = torch.equal(rows, rows[:, :1].expand_as(rows))
+        return is_same and self._in_order(source, rows[:, 0])
 
     def _is_one_each(self, pieces: Sequence[Tensor]) -> bool:
         """Return whether there is one piece for each sample, all of equal length."""

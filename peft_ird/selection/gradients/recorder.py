@@ -31,6 +31,8 @@ class Recorder:
             backward pass is through with the parameter.
         scale: Factor on the loss that keeps low-precision gradients from underflow;
             what is handed out is free of it.
+        tables: As for `Picked`.
+        rows: Rows of the batch if they are not samples, but choices of samples.
     """
 
     def __init__(
@@ -41,10 +43,13 @@ class Recorder:
         device: torch.device,
         observe: Observer,
         scale: float = 1.0,
+        tables: Collection[int] = (),
+        rows: int | None = None,
     ) -> None:
         self.size = size
+        self.rows_of_batch = rows or size
         self.widths = {1, *widths}
-        self.picked = Picked(size)
+        self.picked = Picked(size, tables)
         self.refused: set[int] = set()  # used in a way that hands nothing out
         self.mixes_losses = False  # whether a mean had no rows of each sample
         self._labelled: dict[bool, set[int]] = {True: set(), False: set()}

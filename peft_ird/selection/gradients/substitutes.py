@@ -198,7 +198,7 @@ def _embedding(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if recorder.number(table) is None or is_odd:
         return NotImplemented
     if ids.ndim == 2 and ids.shape[0] == 1:  # positions, the same for all samples
-        ids = ids.expand(recorder.size, -1)
+        ids = ids.expand(recorder.rows_of_batch, -1)
     if not recorder.splits(ids):
         return NotImplemented
     padding = given["padding_idx"]

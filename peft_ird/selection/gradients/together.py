@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_ird.selection.gradients.batching import Sample, stack, widths
+from peft_ird.selection.gradients.batching import Sample, rows_of_batch, stack, widths
 from peft_ird.selection.gradients.capture import Capture
 from peft_ird.selection.gradients.recorder import Observer, Recorder
 from peft_ird.selection.gradients.singles import Singles
@@ -63,9 +63,12 @@ class Together:
         config: Any = getattr(model, "config", None)
         pad_token = getattr(config, "pad_token_id", None) or 0
         inputs = stack(batch, pad_token, next(model.parameters()).device)
+        own = (*model.parameters(), *model.buffers())
+        tables = {tensor.untyped_storage().data_ptr() for tensor in own}
         recorder = Recorder(
-            parameters, size, widths(inputs), pool.device, observe, self.singles.scale
-        )
+            parameters, size, widths(inputs), pool.device, observe, self.singles.scale,
+            tables, rows_of_batch(inputs),
+        )  # fmt: skip
         with Capture(recorder) as capture:
             loss = torch.as_tensor(self.singles.calibration.batch_loss(model, inputs))
             is_by_sample = loss.numel() == size
