@@ -299,7 +299,9 @@ class IRDModel(UnloadsNested):
             shapes = parameter_shapes(model, expected)
             state_dict = with_coded_indices(state_dict, shapes)
             entries = read_entries(state_dict, expected, shapes)
-            check_sizes(base, entries, shapes)
+            # Those of a new adapter's file have been compared with the model's.
+            known = config.shape_pattern if is_new else None
+            check_sizes(base, entries, known or shapes)
             config.forget_fingerprints(replaced_modules(state_dict))
             if is_new and not config.ignore_base_mismatch:
                 check_base(base, entries, config.fingerprint or {})

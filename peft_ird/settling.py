@@ -111,7 +111,7 @@ def check_sizes(model: nn.Module, entries: Entries, shapes: Shapes) -> None:
     Args:
         model: The model, with or without adapters.
         entries: What was saved.
-        shapes: Shapes of the parameters here.
+        shapes: Shapes that they should be for.
 
     Raises:
         ValueError: If a size differs.
@@ -130,9 +130,9 @@ def check_sizes(model: nn.Module, entries: Entries, shapes: Shapes) -> None:
             if numel != math.prod(shape) and not _fits(before, shape):
                 raise ValueError(
                     f"The adapter was made for another base model: its "
-                    f"'{module}.{name}' has {numel} weights, here it has "
-                    f"{math.prod(shape)}, of shape {shape}. Load the base model that "
-                    "adapter_config.json names."
+                    f"'{module}.{name}' has {numel} weights, not the "
+                    f"{math.prod(shape)} of shape {list(shape)}. Load the base model "
+                    "that adapter_config.json names."
                 )
 
 

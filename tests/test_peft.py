@@ -549,6 +549,22 @@ def test_inject_adapter_in_model_and_its_state_dict(name):
     assert torch.equal(logits(fresh, name), expected)
 
 
+def test_a_matrix_may_have_got_rows_since_its_adapter_was_saved(tmp_path):
+    def base(rows: int) -> nn.Module:
+        return nn.Sequential(OrderedDict(lin=nn.Linear(4, rows, bias=False)))
+
+    settings = IRDConfig(density=0.3, method="random", target_modules=["lin"])
+    model, grown, x = get_peft_model(base(6), settings), base(8), torch.randn(2, 4)
+    values = model.base_model.model.lin.irdelta_values["default"]["weight"]
+    nn.init.normal_(values)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        grown.lin.weight[:6] = model.base_model.model.lin.base_layer.weight
+    loaded = PeftModel.from_pretrained(grown, tmp_path)
+    assert_close(loaded(x)[:, :6], model(x))
+    assert_close(loaded(x)[:, 6:], x @ grown.lin.base_layer.weight[6:].t())
+
+
 @pytest.mark.parametrize("width", [4, 16])
 def test_entries_of_another_size_are_refused(width, tmp_path):
     """Flat positions would be those of other rows and columns."""
