@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from peft_ird import IRDConfig, Selection
+from peft_ird.adapter.targets import find_candidates, is_in_head
 from peft_ird.sparse.delta import index_dtype
-from peft_ird.targets import find_candidates, is_in_head
 
 __all__ = ["prune"]
 

@@ -23,9 +23,9 @@ from shapes import SHAPES, build, draw, targets
 from torch import nn
 
 from peft_ird import Calibration, IRDConfig, select_parameters
+from peft_ird.adapter.targets import find_candidates
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed, requiring_grad
-from peft_ird.targets import find_candidates
 
 DENSITY = 0.001
 BAR = 1.10  # a Fisher pass, in plain passes

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_ird import IRDConfig
+from peft_ird.adapter.targets import find_candidates
 from peft_ird.selection.pool import Pool
-from peft_ird.targets import find_candidates
 
 SHAPES = {  # hidden size, layers, heads, intermediate size, vocabulary
     "tiny": (32, 2, 4, 64, 100),

@@ -18,7 +18,7 @@ from peft.utils.constants import (
 from torch import nn
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
-from peft_ird.targets import find_candidates, is_in_head
+from peft_ird.adapter.targets import find_candidates, is_in_head
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from diff_pruning import prune

@@ -4,8 +4,9 @@ Importing the package registers the tuner with PEFT.
 """
 
 from peft_ird._registration import register
+from peft_ird.adapter.targets import select_parameters
 from peft_ird.config import IRDConfig
-from peft_ird.layer import IRDLayer
+from peft_ird.layers.layer import IRDLayer
 from peft_ird.model import IRDModel
 from peft_ird.options import ignoring_base_mismatch
 from peft_ird.search.evaluate import TrainerEvaluate
@@ -15,7 +16,6 @@ from peft_ird.search.result import SearchResult
 from peft_ird.search.search import search
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.selection import Selection
-from peft_ird.targets import select_parameters
 
 __version__ = "0.1.0"
 __all__ = [

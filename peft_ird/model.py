@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from peft_ird._registration import PREFIX, UnloadsNested
-from peft_ird.combining import Combination, add_combined
-from peft_ird.config import IRDConfig
-from peft_ird.injection import (
+from peft_ird.adapter.combining import Combination, add_combined
+from peft_ird.adapter.injection import (
     adapter_counts,
     announce,
     as_named_here,
@@ -30,11 +29,13 @@ from peft_ird.injection import (
     share_tied,
     without_targets,
 )
-from peft_ird.layer import IRDLayer, layers_of
-from peft_ird.merging import Rounding, report_rounding
-from peft_ird.mixed_batch import handed_out
-from peft_ird.record import check_base, fingerprints
-from peft_ird.settling import check_sizes, fitted, same_names, settle
+from peft_ird.adapter.modules import base_model, layers_of
+from peft_ird.adapter.record import check_base, fingerprints
+from peft_ird.adapter.settling import check_sizes, fitted, same_names, settle
+from peft_ird.config import IRDConfig
+from peft_ird.layers.layer import IRDLayer
+from peft_ird.layers.merging import Rounding, report_rounding
+from peft_ird.layers.mixed_batch import handed_out
 from peft_ird.sparse.storage import (
     FORMAT,
     VALUES,
@@ -46,7 +47,6 @@ from peft_ird.sparse.storage import (
     unwrapped_name,
     with_coded_indices,
 )
-from peft_ird.targets import base_model
 
 __all__ = ["IRDModel"]
 

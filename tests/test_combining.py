@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_ird import IRDConfig
-from peft_ird.combining import RULES
-from peft_ird.layer import layers_of
+from peft_ird.adapter.combining import RULES
+from peft_ird.adapter.modules import layers_of
 from tests.conftest import make_batch, make_model
 from tests.oracles import TOL, combined_entries
 

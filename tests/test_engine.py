@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
+from peft_ird.adapter.targets import find_candidates
 from peft_ird.selection import fisher
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients import trial
@@ -42,7 +43,6 @@ from peft_ird.selection.gradients.batching import Sample, plan
 from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.pool import Pool
-from peft_ird.targets import find_candidates
 from tests import oracles
 from tests.conftest import as_batch, bert_config, make_model, make_samples, task_type
 from tests.oracles import TOL

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_ird import IRDConfig, ignoring_base_mismatch, select_parameters
-from peft_ird.layer import IRDLayer
+from peft_ird.layers.layer import IRDLayer
 from tests.conftest import make_batch, make_model, make_samples, task_type
 
 

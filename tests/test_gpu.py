@@ -9,12 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_ird import Calibration, IRDConfig, select_parameters
+from peft_ird.adapter.targets import find_candidates
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.sparse import costs
 from peft_ird.sparse.products import METHODS, available
 from peft_ird.sparse.ways import WAYS, forced
-from peft_ird.targets import find_candidates
 from tests.conftest import make_batch, make_model, make_samples, task_type
 from tests.oracles import TOL, product_entries
 

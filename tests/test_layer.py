@@ -18,7 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
-from peft_ird.layer import IRDLayer, layers_of
+from peft_ird.adapter.modules import layers_of
+from peft_ird.layers.layer import IRDLayer
 from tests import oracles
 from tests.oracles import TOL
 

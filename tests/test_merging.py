@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
-from peft_ird.layer import IRDLayer
+from peft_ird.layers.layer import IRDLayer
 from tests.oracles import TOL
 
 WIDTH, ENTRIES = 64, 12

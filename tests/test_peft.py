@@ -29,7 +29,7 @@ from torch.testing import assert_close
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_ird import IRDConfig, IRDModel, select_parameters
-from peft_ird.layer import IRDLayer
+from peft_ird.layers.layer import IRDLayer
 from tests.conftest import make_batch, make_model, make_samples, task_type
 from tests.oracles import TOL
 

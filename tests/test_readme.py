@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from peft_ird.layer import IRDLayer
+from peft_ird.layers.layer import IRDLayer
 from tests.test_examples import tiny_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from peft_ird import Calibration, IRDConfig, _registration
-from peft_ird.layer import IRDLayer
+from peft_ird.layers.layer import IRDLayer
 from tests import oracles
 from tests.conftest import make_batch, make_model, make_samples, task_type
 

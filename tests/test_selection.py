@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
+from peft_ird.adapter.targets import find_candidates
 from peft_ird.selection import fisher
 from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.sampling import check_labels, with_sampled_labels
-from peft_ird.targets import find_candidates
 from tests import oracles
 from tests.conftest import (
     as_batch,

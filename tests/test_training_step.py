@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
-from peft_ird.kinds import Embedding, Linear
-from peft_ird.layer import IRDLayer
+from peft_ird.layers.kinds import Embedding, Linear
+from peft_ird.layers.layer import IRDLayer
 from peft_ird.sparse import lending
 from peft_ird.sparse.lending import with_delta
 from peft_ird.sparse.linear import linear

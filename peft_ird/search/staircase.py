@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from peft_ird.adapter.targets import find_candidates, select_parameters, select_stages
 from peft_ird.config import IRDConfig
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.schedule import Cell
 from peft_ird.selection.selection import Selection
 from peft_ird.selection.settings import entry_count, planned_cells
-from peft_ird.targets import find_candidates, select_parameters, select_stages
 
 __all__ = ["cell_config", "find_cells", "select_cells"]
 

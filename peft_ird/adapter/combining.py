@@ -11,8 +11,9 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 from torch import Tensor, nn
 
+from peft_ird.adapter.modules import layers_of
 from peft_ird.config import IRDConfig
-from peft_ird.layer import IRDLayer, layers_of
+from peft_ird.layers.layer import IRDLayer
 from peft_ird.selection.selection import Selection
 from peft_ird.sparse.delta import SparseDelta
 

@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from peft_ird.reading import Reading
+from peft_ird.layers.reading import Reading
 
 __all__ = ["BASE", "Handed", "by_sample", "handed_out"]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from peft_ird.layer import IRDLayer, layers_of
+from peft_ird.adapter.modules import base_model, base_modules, layers_of
+from peft_ird.layers.layer import IRDLayer
 from peft_ird.selection.selection import Selection
 from peft_ird.sparse.fingerprint import differs
 from peft_ird.sparse.storage import Entries
-from peft_ird.targets import base_model, base_modules
 
 __all__ = ["check_base", "fingerprints", "provenance"]
 

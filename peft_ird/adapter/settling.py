@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_ird.adapter.injection import Shapes, parameter_shapes
+from peft_ird.adapter.modules import base_model, base_modules
+from peft_ird.adapter.record import check_base, provenance
+from peft_ird.adapter.targets import (
+    is_in_head,
+    resolve_targets,
+    select_parameters,
+)
 from peft_ird.config import IRDConfig
-from peft_ird.injection import Shapes, parameter_shapes
-from peft_ird.layer import IRDLayer
-from peft_ird.record import check_base, provenance
+from peft_ird.layers.layer import IRDLayer
 from peft_ird.selection.criteria import METHODS
 from peft_ird.sparse.coding import pack
 from peft_ird.sparse.storage import (
@@ -21,13 +27,6 @@ from peft_ird.sparse.storage import (
     entry_counts,
     plain_name,
     unwrapped_name,
-)
-from peft_ird.targets import (
-    base_model,
-    base_modules,
-    is_in_head,
-    resolve_targets,
-    select_parameters,
 )
 
 __all__ = ["check_sizes", "fitted", "same_names", "settle"]

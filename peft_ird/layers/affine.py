@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from peft_ird.layer import Deltas, IRDLayer
-from peft_ird.merging import is_low_precision
+from peft_ird.layers.layer import Deltas, IRDLayer
+from peft_ird.layers.merging import is_low_precision
+from peft_ird.layers.substitution import with_forward, with_parameters
 from peft_ird.sparse.ops import sum_dense
 from peft_ird.sparse.ways import is_dense
-from peft_ird.substitution import with_forward, with_parameters
 
 __all__ = ["Affine", "Norm"]
 

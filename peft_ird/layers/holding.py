@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ird._registration import BufferDict
-from peft_ird.merging import Merging, is_low_precision
+from peft_ird.layers.merging import Merging, is_low_precision
 from peft_ird.sparse.coding import is_blank, pack, packed_size, unpack
 from peft_ird.sparse.delta import check_indices, index_dtype
 from peft_ird.sparse.fingerprint import differs, fingerprint

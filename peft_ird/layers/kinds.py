@@ -8,10 +8,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_ird.affine import Affine, Norm
-from peft_ird.layer import Deltas, IRDLayer
-from peft_ird.lookups import Lookups
-from peft_ird.merging import is_low_precision
+from peft_ird.layers.affine import Affine, Norm
+from peft_ird.layers.layer import Deltas, IRDLayer
+from peft_ird.layers.lookups import Lookups
+from peft_ird.layers.merging import is_low_precision
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows, rows_of
 from peft_ird.sparse.linear import linear

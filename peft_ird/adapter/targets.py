@@ -5,17 +5,13 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
-from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_ird._registration import include_all_linear_layers
+from peft_ird.adapter.modules import base_model, base_modules
 from peft_ird.config import IRDConfig
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.ird import Walk, walk
@@ -24,8 +20,6 @@ from peft_ird.selection.selection import Selection
 from peft_ird.sparse.storage import unwrapped_name
 
 __all__ = [
-    "base_model",
-    "base_modules",
     "find_candidates",
     "is_in_head",
     "resolve_targets",
@@ -203,46 +197,6 @@ def _in_layers(names: list[str], config: IRDConfig) -> list[str]:
     # PEFT looks at layers only where a suffix matched: the dot makes each name one.
     probe.target_modules = {name.rpartition(".")[2] for name in names}
     return [name for name in names if check_target_module_exists(probe, f".{name}")]
-
-
-def base_model(model: Any) -> nn.Module:
-    """Return the model inside the wrappers of PEFT and the compiler, if any."""
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    if isinstance(model, PeftMixedModel):
-        model = model.base_model
-    if isinstance(model, BaseTuner):
-        model = model.model
-    inside: nn.Module = getattr(model, "_orig_mod", model)
-    return inside
-
-
-def base_modules(
-    model: nn.Module, name: str = "", with_heads: bool = False
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base model's modules under their names without any adapters.
-
-    Args:
-        model: A model, with or without adapters.
-        name: The name to begin with.
-        with_heads: Whether modules of which adapters have copies of their own
-            (``modules_to_save``) are among them, as they came with the model.
-    """
-    seen: set[int] = set()
-
-    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        if isinstance(module, AuxiliaryTrainingWrapper) and with_heads:
-            module = module.original_module
-        if isinstance(module, AuxiliaryTrainingWrapper) or id(module) in seen:
-            return
-        seen.add(id(module))
-        yield name, module
-        for child_name, child in module.named_children():
-            yield from visit(child, unwrapped_name(f"{name}.{child_name}").strip("."))
-
-    return visit(model, name)
 
 
 def _holds_parameters(module: nn.Module) -> bool:

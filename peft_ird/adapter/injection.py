@@ -11,12 +11,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Size, Tensor, nn
 
 from peft_ird._registration import PREFIX
+from peft_ird.adapter.modules import base_model, base_modules, layers_of
 from peft_ird.config import IRDConfig
-from peft_ird.kinds import wrap
-from peft_ird.layer import IRDLayer, layers_of
-from peft_ird.merging import is_low_precision
+from peft_ird.layers.kinds import wrap
+from peft_ird.layers.layer import IRDLayer
+from peft_ird.layers.merging import is_low_precision
 from peft_ird.sparse.storage import plain_name, unwrapped_name
-from peft_ird.targets import base_model, base_modules
 
 __all__ = [
     "adapter_counts",

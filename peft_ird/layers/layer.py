@@ -7,17 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_ird.holding import Codes, Holding, device_of
-from peft_ird.merging import Rounding
-from peft_ird.mixed_batch import BASE, by_sample
-from peft_ird.reading import Reading
+from peft_ird.layers.holding import Codes, Holding, device_of
+from peft_ird.layers.merging import Rounding
+from peft_ird.layers.mixed_batch import BASE, by_sample
+from peft_ird.layers.reading import Reading
+from peft_ird.layers.substitution import call_with_parameters, onloaded
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
-from peft_ird.sparse.storage import unwrapped_name
-from peft_ird.substitution import call_with_parameters, onloaded
-from peft_ird.targets import base_model
 
-__all__ = ["Deltas", "IRDLayer", "layers_of"]
+__all__ = ["Deltas", "IRDLayer"]
 
 Deltas = Mapping[str, list[SparseDelta]]
 
@@ -315,16 +313,3 @@ class IRDLayer(Reading, Holding):
 
 def _check_what_was_loaded(layer: IRDLayer, _: Any) -> None:
     layer._check_early()
-
-
-def layers_of(model: nn.Module) -> dict[str, IRDLayer]:
-    """Return a model's layers by the names that their modules have in the base model.
-
-    Args:
-        model: A base model, or PEFT's or the tuner's model around it.
-    """
-    return {
-        unwrapped_name(name): module
-        for name, module in base_model(model).named_modules()
-        if isinstance(module, IRDLayer)
-    }

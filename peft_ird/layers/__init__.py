@@ -1,0 +1,1 @@
+"""The layers that apply an adapter's deltas, and what is done with them there."""
