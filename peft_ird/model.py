@@ -24,15 +24,15 @@ from peft_ird.adapter.injection import (
     install,
     install_nested,
     parameter_shapes,
-    replace,
     resize,
     share_tied,
     without_targets,
 )
-from peft_ird.adapter.modules import base_model, layers_of
+from peft_ird.adapter.modules import base_model, layers_of, replace
 from peft_ird.adapter.record import check_base, fingerprints
 from peft_ird.adapter.settling import check_sizes, fitted, same_names, settle
 from peft_ird.config import IRDConfig
+from peft_ird.layers.kinds import QuantizedLinear
 from peft_ird.layers.layer import IRDLayer
 from peft_ird.layers.merging import Rounding, report_rounding
 from peft_ird.layers.mixed_batch import handed_out
@@ -237,8 +237,10 @@ class IRDModel(UnloadsNested):
         super()._check_tied_modules(model, whole)
 
     def _check_merge_allowed(self) -> None:
-        """Refuse sharded weights; tied ones are fine, merging writes to them itself."""
+        """Refuse coded and sharded weights; merging writes to tied ones itself."""
         for name, layer in layers_of(self.model).items():
+            if isinstance(layer, QuantizedLinear):
+                layer.merge()
             for parameter, weight in layer.get_base_layer()._parameters.items():
                 if isinstance(weight, DTensor) and layer.has_entries(parameter):
                     raise ValueError(

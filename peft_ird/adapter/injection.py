@@ -11,11 +11,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Size, Tensor, nn
 
 from peft_ird._registration import PREFIX
-from peft_ird.adapter.modules import base_model, base_modules, layers_of
+from peft_ird.adapter.modules import base_model, base_modules, layers_of, replace
 from peft_ird.config import IRDConfig
 from peft_ird.layers.kinds import wrap
 from peft_ird.layers.layer import IRDLayer
 from peft_ird.layers.merging import is_low_precision
+from peft_ird.layers.quantized import parameter_of
 from peft_ird.sparse.storage import plain_name, unwrapped_name
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "install",
     "install_nested",
     "parameter_shapes",
-    "replace",
     "resize",
     "share_tied",
     "without_targets",
@@ -46,7 +46,7 @@ def parameter_shapes(
     shapes: Shapes = {}
     for module, names in counts.items():
         for name in names:
-            parameter = getattr(modules.get(module), name, None)
+            parameter = parameter_of(modules.get(module), name)
             if not isinstance(parameter, Tensor):
                 raise ValueError(
                     f"The base model has no parameter '{module}.{name}', for which the "
@@ -215,14 +215,6 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for values, flag in flags:
             values.requires_grad_(flag)
-
-
-def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module in another's place, under every parent that holds it."""
-    for holder in list(model.modules()):
-        for name, child in holder._modules.items():
-            if child is old and holder is not new:
-                holder._modules[name] = new
 
 
 def share_tied(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from peft_ird.layers.layer import IRDLayer
 from peft_ird.sparse.storage import unwrapped_name
 
-__all__ = ["base_model", "base_modules", "layers_of"]
+__all__ = ["base_model", "base_modules", "layers_of", "replace"]
 
 
 def base_model(model: Any) -> nn.Module:
@@ -65,3 +65,11 @@ def layers_of(model: nn.Module) -> dict[str, IRDLayer]:
         for name, module in base_model(model).named_modules()
         if isinstance(module, IRDLayer)
     }
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module in another's place, under every parent that holds it."""
+    for holder in list(model.modules()):
+        for name, child in holder._modules.items():
+            if child is old and holder is not new:
+                holder._modules[name] = new

@@ -18,6 +18,7 @@ from peft_ird.adapter.targets import (
 )
 from peft_ird.config import IRDConfig
 from peft_ird.layers.layer import IRDLayer
+from peft_ird.layers.quantized import parameter_of
 from peft_ird.selection.criteria import METHODS
 from peft_ird.sparse.coding import pack
 from peft_ird.sparse.storage import (
@@ -124,7 +125,7 @@ def check_sizes(model: nn.Module, entries: Entries, shapes: Shapes) -> None:
     for module, named in entries.items():
         for name, (_, numel) in named.items():
             shape = shapes[module][name]
-            may_grow = id(getattr(modules[module], name)) in growing
+            may_grow = id(parameter_of(modules[module], name)) in growing
             before = [numel // shape[-1], *shape[1:]] if may_grow else []
             if numel != math.prod(shape) and not _fits(before, shape):
                 raise ValueError(
@@ -197,7 +198,7 @@ def _check_types(model: nn.Module, counts: Mapping[str, Mapping[str, int]]) -> N
     modules = dict(base_modules(base_model(model)))
     for module, names in counts.items():
         for name in names:
-            dtype = getattr(modules[module], name).dtype
+            dtype = parameter_of(modules[module], name).dtype
             if not dtype.is_floating_point:
                 raise ValueError(
                     f"'{module}' is quantised (its '{name}' is {dtype}); deltas belong "

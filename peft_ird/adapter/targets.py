@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from peft_ird._registration import include_all_linear_layers
 from peft_ird.adapter.modules import base_model, base_modules
+from peft_ird.adapter.shadows import Shadow, shadowed
 from peft_ird.config import IRDConfig
+from peft_ird.layers.quantized import is_quantized
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.ird import Walk, walk
 from peft_ird.selection.pool import Pool
@@ -96,7 +98,6 @@ def _walk(
     if calibration is not None:
         calibration = Calibration.of(calibration)
     base = base_model(model)
-    pool = find_candidates(base, config)
     head = [
         parameter
         for name, module in base_modules(base, with_heads=True)
@@ -104,7 +105,9 @@ def _walk(
         for parameter in module.parameters(recurse=False)
     ]
     limit = config.memory_limit if memory_limit is None else memory_limit
-    with _adapters_off(base):
+    find_candidates(base, config)  # raises before anything is touched
+    with _adapters_off(base), shadowed(base, resolve_targets(base, config)):
+        pool = find_candidates(base, config)
         return walk(base, pool, calibration, config, head, limit)
 
 
@@ -122,13 +125,16 @@ def find_candidates(model: nn.Module, config: IRDConfig) -> Pool:
         The candidates, in ``named_parameters`` order.
 
     Raises:
-        ValueError: If nothing is targeted, or what is, is quantised or sharded.
+        ValueError: If nothing is targeted, or what is, is sharded or quantised in a
+            way that gives no gradients, or has no numbers that the method asks for.
     """
     targets = set(resolve_targets(model, config))
     owners: dict[int, tuple[str, str, nn.Parameter]] = {}
     targeted: set[int] = set()
     in_heads: set[int] = set()
     for name, module in base_modules(model):
+        if name in targets and is_quantized(module) and config.method != "magnitude":
+            module = Shadow(module)
         if name in targets:
             _check_plain(name, module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -201,7 +207,7 @@ def _in_layers(names: list[str], config: IRDConfig) -> list[str]:
 
 def _holds_parameters(module: nn.Module) -> bool:
     has_own = next(module.named_parameters(recurse=False), None) is not None
-    return has_own and not isinstance(module, _CONTAINERS)
+    return is_quantized(module) or (has_own and not isinstance(module, _CONTAINERS))
 
 
 def _check_plain(name: str, module: nn.Module) -> None:

@@ -1,10 +1,13 @@
 """Kinds of layers: one per way in which a module uses its parameters."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,6 +15,7 @@ from peft_ird.layers.affine import Affine, Norm
 from peft_ird.layers.layer import Deltas, IRDLayer
 from peft_ird.layers.lookups import Lookups
 from peft_ird.layers.merging import is_low_precision
+from peft_ird.layers.quantized import is_quantized
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows, rows_of
 from peft_ird.sparse.linear import linear
@@ -26,6 +30,7 @@ __all__ = [
     "Embedding",
     "Linear",
     "Norm",
+    "QuantizedLinear",
     "TransposedLinear",
     "wrap",
 ]
@@ -105,13 +110,7 @@ class Linear(Affine):
                 args[0], base.weight, base.bias, delta, self._is_transposed
             )
 
-        def add(y: Tensor, x: Tensor) -> Tensor:
-            y = self._with_products(y, x, deltas.get("weight", ()))
-            for delta in deltas.get("bias", ()):
-                y = (y + delta.to_dense(delta.values.dtype)).to(y.dtype)
-            return y
-
-        return self._call_and(add, *args)
+        return self._call_and(partial(self._with_shares, deltas), *args)
 
     def is_applied_in_weight(self, x: Tensor) -> bool:
         """Return whether the delta goes into the weight for the call with this input.
@@ -158,6 +157,12 @@ class Linear(Affine):
         y = linear(x, base.weight, bias, first, self._is_transposed)
         return self._with_products(y, x, others)
 
+    def _with_shares(self, deltas: Deltas, y: Tensor, x: Tensor) -> Tensor:
+        y = self._with_products(y, x, deltas.get("weight", ()))
+        for delta in deltas.get("bias", ()):
+            y = (y + delta.to_dense(delta.values.dtype)).to(y.dtype)
+        return y
+
     def _with_products(
         self, y: Tensor, x: Tensor, deltas: Iterable[SparseDelta]
     ) -> Tensor:
@@ -181,6 +186,43 @@ class CustomLinear(IRDLayer):
     """A subclass of ``nn.Linear`` with a forward of its own."""
 
 
+class QuantizedLinear(Linear):
+    """A linear layer with a coded weight: deltas are products of their own."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+
+    def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())
+        if torch.compiler.is_compiling():
+            return self._with_shares(deltas, self.base_layer(x), x)
+        return self._call_and(partial(self._with_shares, deltas), x)
+
+    def _with_products(
+        self, y: Tensor, x: Tensor, deltas: Iterable[SparseDelta]
+    ) -> Tensor:
+        if not is_dense():
+            return super()._with_products(y, x, deltas)
+        for delta in deltas:
+            dense = delta.to_dense(delta.values.dtype)
+            y = (y + F.linear(x.to(dense.dtype), dense)).to(y.dtype)
+        return y
+
+    def parameter_in_force(self, name: str) -> Any:
+        """Return a base parameter, the bias with its deltas, codes as they are."""
+        if name == "weight":
+            return self.get_base_layer().weight
+        return super().parameter_in_force(name)
+
+    def merge(self, *_: Any, **__: Any) -> None:
+        """Refuse to write into codes."""
+        raise ValueError(
+            f"'{self.path}' is quantised; deltas can only be merged into plain weights."
+            " Keep the adapter beside the model, or merge it into the unquantised one."
+        )
+
+
 # Kinds that rely on what the base class computes; a subclass may compute otherwise.
 _KINDS: list[tuple[type[nn.Module], type[IRDLayer]]] = [
     (nn.Linear, Linear),
@@ -202,6 +244,8 @@ def wrap(module: nn.Module) -> IRDLayer:
     base = module
     while isinstance(base, BaseTunerLayer):
         base = base.base_layer
+    if is_quantized(base):
+        return QuantizedLinear(module)
     if "weight" not in base._parameters:  # but made of others, as by weight_norm
         return IRDLayer(module)
     for known, kind in _KINDS:
