@@ -255,6 +255,18 @@ class Described(Evaluate):
         return {"rate": self.score, "names": {"b", "a"}}
 
 
+def test_two_searches_in_one_folder(tmp_path):
+    class Impatient(Evaluate):
+        def __call__(self, model):
+            with pytest.raises(RuntimeError, match="Another search runs in"):
+                run(tmp_path, Evaluate())
+            return super().__call__(model)
+
+    result = run(tmp_path, Impatient())
+    assert not any(record.failure for record in result.records)
+    run(tmp_path, Impatient())  # free again
+
+
 def test_the_settings_of_the_evaluation_count(tmp_path):
     run(tmp_path, Described(score=0.5))
     assert len(run(tmp_path, Described(score=0.5)).cells) == 4

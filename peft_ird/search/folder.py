@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from peft_ird.search.outcome import CellRecord, Failure, Outcome
 from peft_ird.selection.schedule import Cell
 from peft_ird.selection.selection import Selection
@@ -103,6 +105,7 @@ class SearchFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._settings = path / "search.json"
+        self._lock = FileLock(path / ".lock")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,7 +130,8 @@ class SearchFolder:
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Write down the settings, or check that they are those of the search in it.
 
-        One that has not selected anything yet leaves its place.
+        Until `release` no other search can claim it. A search that has not selected
+        anything yet leaves its place.
 
         Args:
             settings: Anything that JSON holds.
@@ -135,12 +139,20 @@ class SearchFolder:
         Raises:
             ValueError: If a search with other settings is in it; the differences are
                 named.
+            RuntimeError: If another search runs in it.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RuntimeError(
+                f"Another search runs in '{self.path}'. Wait for its end, after which "
+                "this one takes over what it has done, or pass another `output_dir`."
+            ) from error
         has_begun = self._settings.is_file() and any(
             c.is_selected for c in self.cells()
         )
         if not has_begun:
-            self.path.mkdir(parents=True, exist_ok=True)
             _write_json(self._settings, {"format": _FORMAT, **settings})
             return
         theirs, ours = dict(_flat(self.settings)), dict(_flat(_plain(settings)))
@@ -156,6 +168,10 @@ class SearchFolder:
                 f"'{self.path}' holds a search with other settings: {'; '.join(rows)}"
                 f"{more}. {' '.join([*hints, advice])}"
             )
+
+    def release(self) -> None:
+        """Let other searches claim it."""
+        self._lock.release()
 
     def cells(self) -> list[CellFolder]:
         """Return the folders of the cells, in the order of the walk."""

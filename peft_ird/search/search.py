@@ -74,6 +74,7 @@ def search(
         The result; `SearchResult.load` reads it again.
 
     Raises:
+        RuntimeError: If another search runs in the folder.
         ValueError: If the arguments do not fit each other, the folder holds a search
             with other settings, or ``model_init`` makes different models.
         TypeError: If the evaluation cannot be called, or halving is asked for and it
@@ -99,9 +100,12 @@ def search(
     campaign = Campaign(
         SearchFolder(Path(output_dir)), model_init, config, data, evaluate, halving
     )
-    cells = campaign.begin(memory_limit)
-    for number, rung in enumerate(campaign.rungs):
-        campaign.train(number, rung, cells, crew)
+    try:
+        cells = campaign.begin(memory_limit)
+        for number, rung in enumerate(campaign.rungs):
+            campaign.train(number, rung, cells, crew)
+    finally:
+        campaign.folder.release()
     return SearchResult.load(output_dir)
 
 
