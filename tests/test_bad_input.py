@@ -245,6 +245,26 @@ def test_a_parameter_without_gradient():
     )
 
 
+@pytest.mark.parametrize("memory_limit", [None, 40_000])
+def test_a_parameter_without_gradient_beside_others(memory_limit, caplog):
+    """A mask token, say: its module cannot be left out."""
+    model = make_model("bert")
+    dense = model.bert.encoder.layer[0].output.dense
+    dense.spare = nn.Parameter(torch.ones(5))
+    options = {"density": 0.9, "exclude_modules": "classifier"}
+    found = [
+        select_parameters(each, config(**options), data, memory_limit=memory_limit)
+        for each in (model, make_model("bert"))
+        for data in [Calibration(make_samples("bert"))]
+    ]
+    name = "bert.encoder.layer.0.output.dense"
+    messages = [r.getMessage() for r in caplog.records if "no gradient" in r.message]
+    assert len(messages) == 1
+    assert messages[0].endswith(f"their entries come last: {name}.spare.")
+    assert found[0].num_candidates == found[1].num_candidates + 5
+    assert "spare" not in found[0].indices[name]
+
+
 def test_a_parameter_without_gradient_for_the_gradient_criterion():
     model = make_model("bert")
     model.bert.spare = nn.Linear(3, 3)

@@ -5,6 +5,7 @@ The gradient of sample n is that of its own loss, :math:`g_n = \partial \ell_n /
 al., 2021, arXiv:2111.09839).
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,8 @@ from peft_ird.selection.pool import Pool
 from peft_ird.selection.warmup import warmed_up
 
 __all__ = ["FisherEstimator"]
+
+logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Statistic)
 
@@ -78,6 +81,7 @@ class FisherEstimator:
         self.pool = pool
         self._seed = seed
         self._seen: set[int] = set()  # parameters that some sample uses
+        self._unused: set[str] = set()  # names of others, as far as they were told
         self._ranks = Ranks()
         limits = Limits.of(pool, calibration.batch_size, memory_limit, self._ranks)
         self._groups = pool.groups(limits.accumulator_bytes, ACCUMULATOR_BYTES)
@@ -161,15 +165,17 @@ class FisherEstimator:
     ) -> Iterator[tuple[int, Tensor]]:
         self._engine.prepare(samples)
         is_kept = self._engine.has_kept(samples)
+        every = range(len(self.pool.sizes))
         if is_kept:
-            self._check_used(range(len(self.pool.sizes)), self._engine.kept.parts())
+            self._check_used(every, self._engine.kept.parts())
         for group in self._groups:
             # Passes over what is kept cost no model call, so each parameter has one.
             for parts in [[part] for part in group] if is_kept else [group]:
                 make = partial(kind, self.pool, parts)
                 total = self._summed(samples, parts, make, title)
-                if not is_kept:
-                    self._check_used(parts, total.seen)
+                if not is_kept:  # a module may be in two groups
+                    is_last = group is self._groups[-1]
+                    self._check_used(every if is_last else (), total.seen)
                 for part in parts:
                     mean = total.totals.pop(part).div_(len(samples))
                     yield part, mean.to(self.pool.dtype)
@@ -320,8 +326,18 @@ class FisherEstimator:
                 f"parameters, from '{unused[0]}' to '{unused[-1]}'. Check "
                 "`target_modules` and the loss."
             )
-        if unused:
+        modules = [self.pool.names[part][0] for part in self._seen]
+        whole = [n for n in unused if n.rpartition(".")[0] not in modules]
+        if whole:
             raise ValueError(
                 "These parameters get no gradient from any sample: "
-                f"{', '.join(unused)}. Name their modules in `exclude_modules`."
+                f"{', '.join(whole)}. Name their modules in `exclude_modules`."
+            )
+        new = [name for name in unused if name not in self._unused]
+        if new:
+            self._unused.update(new)
+            logger.warning(
+                "These parameters get no gradient from any sample, though others of "
+                "their modules do; their entries come last: %s.",
+                ", ".join(new),
             )
