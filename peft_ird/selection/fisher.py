@@ -311,7 +311,7 @@ class FisherEstimator:
     def _where(self, entries: Sequence[Tensor]) -> dict[int, Where]:
         pairs = enumerate(zip(entries, self.pool.parameters, strict=True))
         return {
-            part: Where(flat.to(parameter.device), parameter.shape)
+            part: Where(flat.to(parameter.device), _as_matrix(parameter.shape))
             for part, (flat, parameter) in pairs
             if flat.numel()
         }
@@ -341,3 +341,8 @@ class FisherEstimator:
                 "their modules do; their entries come last: %s.",
                 ", ".join(new),
             )
+
+
+def _as_matrix(shape: torch.Size) -> torch.Size:
+    """Return the shape of a convolution's weight as that of a matrix."""
+    return shape if len(shape) < 3 else torch.Size((shape[0], shape[1:].numel()))

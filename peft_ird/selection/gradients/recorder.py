@@ -13,7 +13,7 @@ from peft_ird.selection.gradients.outer import Outer
 from peft_ird.selection.gradients.picked import Picked
 from peft_ird.selection.gradients.rows import Rows
 
-__all__ = ["Observer", "Recorder"]
+__all__ = ["Observer", "Recorder", "apply"]
 
 Observer = Callable[[int, SampleGradients], None]
 
@@ -55,6 +55,7 @@ class Recorder:
         self._labelled: dict[bool, set[int]] = {True: set(), False: set()}
         self.losses: list[Tensor] = []  # ``[n]`` for each mean that was replaced
         self._numbers = {id(p): i for i, p in parameters.items()}
+        self._flipped: dict[int, Tensor] = {}
         self._aliases: list[Tensor] = []
         self._observe = observe
         self.scale = scale
@@ -83,6 +84,16 @@ class Recorder:
     def unlabelled(self) -> set[int]:
         """Samples that have a mean over no label, and none over one."""
         return self._labelled[False] - self._labelled[True]
+
+    def flip(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Note that a tensor is a parameter transposed; return it."""
+        self._flipped[id(tensor)] = parameter
+        self._aliases.append(tensor)
+        return tensor
+
+    def flipped(self, tensor: Any) -> Tensor | None:
+        """Return the parameter that a tensor is the transpose of."""
+        return self._flipped.get(id(tensor))
 
     def use(self, number: int | None) -> None:
         """Note that a parameter is used; recomputed forwards do not count."""
@@ -115,6 +126,15 @@ class Recorder:
         values = values if values.dtype == torch.float64 else values.float()
         return Dense(values / self.scale if self.scale != 1.0 else values)
 
+    def token_sums(self, tensor: Tensor) -> Dense:
+        """Return gradients that are sums over the tokens of a sample.
+
+        Args:
+            tensor: With a leading batch. Shape ``[*, numel]``.
+        """
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return self.dense(self.by_sample(tensor).sum(1, dtype=dtype))
+
     def outer(self, left: Tensor, right: Tensor) -> Outer:
         """Return gradients as products of factors, unscaled."""
         return Outer(left.detach(), right.detach(), 1 / self.scale)
@@ -140,5 +160,10 @@ class Recorder:
 
     def refuse(self, tensors: Iterable[Tensor]) -> None:
         """Note the parameters among the arguments of a call that was left alone."""
-        numbers = map(self.number, tensors)
+        numbers = [self.number(self._flipped.get(id(t), t)) for t in tensors]
         self.refused.update(number for number in numbers if number is not None)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Return what a function of autograd makes of its arguments."""
+    return function.apply(*args)

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_ird.selection.gradients.recorder import Recorder
+from peft_ird.selection.gradients.convolution import convolution
+from peft_ird.selection.gradients.copies import add, broadcast, expand, repeat
+from peft_ird.selection.gradients.recorder import Recorder, apply
 from peft_ird.selection.gradients.signatures import bind
 
 __all__ = ["SUBSTITUTES"]
@@ -47,11 +49,10 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         recorder: Recorder = ctx.recorder
         number, bias_number = ctx.numbers
-        by_sample = recorder.by_sample(dy)
         if bias_number is not None:
-            recorder.hand_out(bias_number, recorder.dense(_sum_tokens(by_sample)))
+            recorder.hand_out(bias_number, recorder.token_sums(dy))
         if number is not None:
-            pair = (by_sample, recorder.by_sample(x))
+            pair = (recorder.by_sample(dy), recorder.by_sample(x))
             left, right = reversed(pair) if ctx.transposed else pair
             recorder.hand_out(number, recorder.outer(left, right))
         dx = None
@@ -119,12 +120,10 @@ class _LayerNorm(torch.autograd.Function):
         recorder: Recorder = ctx.recorder
         number, bias_number = ctx.numbers
         if bias_number is not None:
-            bias_grads = _sum_tokens(recorder.by_sample(dy))
-            recorder.hand_out(bias_number, recorder.dense(bias_grads))
+            recorder.hand_out(bias_number, recorder.token_sums(dy))
         if number is not None:
             normed = x.to(mean.dtype).sub(mean).mul_(rstd)
-            weight_grads = recorder.by_sample(normed.mul_(dy)).sum(1)
-            recorder.hand_out(number, recorder.dense(weight_grads))
+            recorder.hand_out(number, recorder.token_sums(normed.mul_(dy)))
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.ops.aten.native_layer_norm_backward(
@@ -134,46 +133,13 @@ class _LayerNorm(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-class _Copies(torch.autograd.Function):
-    """One copy of a parameter for each sample, ``[n, *shape]``; hands out its gradient.
-
-    Copies are in float32 or better.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, parameter: Tensor, _anchor: Tensor, recorder: Recorder
-    ) -> Tensor:
-        ctx.recorder, ctx.number = recorder, recorder.number(parameter)
-        recorder.use(ctx.number)
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        return parameter.to(dtype).expand(recorder.size, *parameter.shape).clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        recorder: Recorder = ctx.recorder
-        values = grads[0].reshape(recorder.size, -1)
-        recorder.hand_out(ctx.number, recorder.dense(values))
-        return None, None, None
-
-
-def _sum_tokens(by_sample: Tensor) -> Tensor:
-    """Sum over tokens in float32 or better. Shape ``[n, features]``."""
-    dtype = torch.float64 if by_sample.dtype == torch.float64 else torch.float32
-    return by_sample.sum(1, dtype=dtype)
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)
-
-
 def _linear(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias = _three(args, kwargs, ("input", "weight", "bias"))
     if recorder.number(weight) is None and recorder.number(bias) is None:
         return NotImplemented
     if x.ndim < 2 or not recorder.splits(x) or weight.ndim != 2:
         return NotImplemented
-    return _apply(_Linear, x, weight, bias, recorder.anchor, recorder, False)
+    return apply(_Linear, x, weight, bias, recorder.anchor, recorder, False)
 
 
 def _addmm(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
@@ -183,7 +149,30 @@ def _addmm(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
     has_factors = {"alpha", "beta", "out"} & kwargs.keys()
     if has_factors or not recorder.splits(x) or bias.ndim != 1:
         return NotImplemented
-    return _apply(_Linear, x, weight, bias, recorder.anchor, recorder, True)
+    return apply(_Linear, x, weight, bias, recorder.anchor, recorder, True)
+
+
+def _matmul(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
+    if len(args) != 2 or kwargs:
+        return NotImplemented
+    x, matrix = args
+    weight = recorder.flipped(matrix)
+    is_transposed = weight is None
+    weight = matrix if weight is None else weight
+    if recorder.number(weight) is None or weight.ndim != 2:
+        return NotImplemented
+    if x.ndim < 2 or not recorder.splits(x):
+        return NotImplemented
+    return apply(_Linear, x, weight, None, recorder.anchor, recorder, is_transposed)
+
+
+def _transposed(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """Let a transposed matrix stand for the matrix in products."""
+    if recorder.number(args[0]) is None or args[0].ndim != 2:
+        return NotImplemented
+    result: Tensor = func(*args, **kwargs)
+    is_same = result.shape == args[0].shape and result.stride() == args[0].stride()
+    return NotImplemented if is_same else recorder.flip(args[0], result)
 
 
 def _three(args: Any, kwargs: Any, names: tuple[str, str, str]) -> list[Any]:
@@ -202,7 +191,7 @@ def _embedding(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if not recorder.splits(ids):
         return NotImplemented
     padding = given["padding_idx"]
-    return _apply(_Embedding, ids, table, recorder.anchor, recorder, padding)
+    return apply(_Embedding, ids, table, recorder.anchor, recorder, padding)
 
 
 def _layer_norm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
@@ -212,7 +201,7 @@ def _layer_norm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if len(given["normalized_shape"]) != 1 or x.ndim < 2 or not recorder.splits(x):
         return NotImplemented
-    return _apply(_LayerNorm, x, weight, bias, recorder.anchor, recorder, given["eps"])
+    return apply(_LayerNorm, x, weight, bias, recorder.anchor, recorder, given["eps"])
 
 
 def _rms_norm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
@@ -221,16 +210,7 @@ def _rms_norm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if recorder.number(weight) is None or not recorder.splits(x):
         return NotImplemented
     normed = F.rms_norm(x, given["normalized_shape"], None, given["eps"])
-    return _broadcast(recorder, torch.mul, (normed, weight), {})
-
-
-def _add(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    """Let a parameter plus a number, as in norms, stand for the parameter."""
-    if len(args) == 2 and not kwargs:
-        for one, other in (args, args[::-1]):
-            if recorder.number(one) is not None and isinstance(other, int | float):
-                return recorder.alias(one, func(*args))
-    return _broadcast(recorder, func, args, kwargs)
+    return broadcast(recorder, torch.mul, (normed, weight), {})
 
 
 def _converted(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
@@ -241,52 +221,26 @@ def _converted(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return recorder.alias(args[0], result) if result.is_floating_point() else result
 
 
-def _broadcast(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    """Give each sample a copy of a parameter that is broadcast against a batch."""
-    if len(args) != 2 or kwargs:
-        return NotImplemented
-    numbers = [recorder.number(arg) for arg in args]
-    if numbers == [None, None]:
-        return NotImplemented
-    position = 1 if numbers[0] is None else 0
-    parameter, other = args[position], args[1 - position]
-    if not isinstance(other, Tensor) or not other.is_floating_point():
-        return NotImplemented
-    shape = parameter.shape
-    if len(shape) == other.ndim and len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    fits = other.ndim > len(shape) and recorder.splits(other) and other.numel() > 0
-    if numbers[1 - position] is not None or not fits:
-        return NotImplemented
-    if torch.broadcast_shapes(shape, other.shape) != other.shape:
-        return NotImplemented
-    copies = _copies(recorder, parameter, other.shape, len(shape))
-    pair = (copies, other) if position == 0 else (other, copies)
-    return func(*pair).to(torch.result_type(parameter, other))
-
-
-def _copies(
-    recorder: Recorder, parameter: Tensor, shape: torch.Size, own: int
-) -> Tensor:
-    """Return a copy of a parameter per sample, which hands out its gradient."""
-    copies: Tensor = _apply(_Copies, parameter, recorder.anchor, recorder)
-    size = recorder.size
-    rest = parameter.shape[parameter.ndim - own :]
-    between = (1,) * (len(shape) - 1 - own)
-    each = shape[0] // size
-    spread = copies.reshape(size, 1, *between, *rest)
-    return spread.expand(size, each, *between, *rest).flatten(0, 1)
-
+_SIDES = [getattr(Tensor, name).__get__ for name in ("T", "mT")]
 
 SUBSTITUTES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
+    **dict.fromkeys(
+        [torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm], _matmul
+    ),
+    **dict.fromkeys(
+        [torch.t, torch.transpose, Tensor.t, Tensor.transpose, *_SIDES], _transposed
+    ),
     F.embedding: _embedding,
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     **dict.fromkeys(
-        [torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__], _broadcast
+        [torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__], broadcast
     ),
-    **dict.fromkeys([torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__], _add),
+    **dict.fromkeys([torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__], add),
     **dict.fromkeys([Tensor.to, Tensor.float], _converted),
+    **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d], convolution),
+    Tensor.expand: expand,
+    Tensor.repeat: repeat,
 }  # fmt: skip
