@@ -33,7 +33,7 @@ def draw(results: Sequence[Result]) -> Figure:
     found = chosen(experiment, DENSITY, [r for r in results if r["selection"]])
     rows = [*found]
     shares = {
-        by: {row: _shares(found[row].values(), by) for row in rows if row in found}
+        by: {row: _shares(found[row].values(), by) for row in rows}
         for by in ("layer", "kind")
     }
     if not shares["layer"]:

@@ -134,8 +134,9 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     memory_limit: int | None = option(
         None,
         "Bytes beyond the model, divided among sums, a batch and kept gradients; "
-        "small temporaries come on top. Default: no limit, but at most a quarter "
-        "of the device's memory, or 8 GiB, for kept gradients. Kept at run time only.",
+        "small temporaries come on top. Default: what is free on a GPU; elsewhere no "
+        "limit, but for kept gradients a quarter of the memory, at most 8 GiB. Kept at "
+        "run time only.",
     )
     seed: int = option(
         0,

@@ -133,13 +133,13 @@ def test_an_empty_calibration_set(data):
 
 def test_more_samples_than_there_are():
     refused(
-        "20 samples are asked for, but `calibration` has 12",
+        r"20 samples are asked for, but `calibration` has 12\. Lower `num_samples`",
         make_model("bert"),
         config(density=0.1, num_samples=20),
         make_samples("bert"),
     )
     refused(
-        "128 samples are asked for, but `calibration` has 12",
+        r"128 samples are asked for, but `calibration` has 12\. Change `schedule`",
         make_model("bert"),
         config(density=0.001, schedule="paper"),
         make_samples("bert"),

@@ -1675,6 +1675,15 @@ class TestLowPrecision:
         assert found.alone == set()
         check_closeness(found.fisher, expected_of(model, batches, pool).fisher)
 
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("kind", ["bert", "llama-classifier"])
+    def test_losses_may_be_rounded_as_the_parameters_are(self, kind, seed):
+        model = make_model(kind, seed)
+        (model.classifier if kind == "bert" else model.score).weight.data *= 40
+        model = model.bfloat16()
+        pool = find_candidates(model, IRDConfig(density=0.1, **settings_of(kind)))
+        assert compute(model, Calibration(hf_samples(kind)), pool).alone == set()
+
     @pytest.mark.parametrize("keep", [False, True])
     @pytest.mark.parametrize("factor", [1e-5, 1e3])
     def test_tiny_and_large_losses_in_float16_keep_their_digits(

@@ -146,6 +146,18 @@ def test_entries_are_drawn_by_the_power_of_their_scores(temperature):
     assert counts[3] == 0  # of no weight
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1.0, 50.0])
+def test_chance_decides_between_entries_of_no_weight(temperature):
+    pool, scores = pool_of([[[1e-30, 0.0, 0.0, 0.0]]])
+    counts = [0] * 4
+    for seed in range(600):
+        lots = Lots(pool.sizes, temperature, seed)
+        for place in flat(Entries.best(pool, enumerate(scores), 2, lots=lots)):
+            counts[place] += 1
+    assert counts[0] == 600
+    assert [c / 600 for c in counts[1:]] == pytest.approx([1 / 3] * 3, abs=0.08)
+
+
 def test_the_smallest_are_drawn_by_the_inverse_power():
     pool, scores = pool_of([[[1.0, 2.0, 4.0]]])
     everything = Entries.best(pool, enumerate(scores), 3)

@@ -451,6 +451,13 @@ def test_what_cannot_be_joined_or_padded_does_not_mix(one, other, may):
     assert (Sample(0, one).kind(True) == Sample(1, other).kind(True)) is may
 
 
+def test_samples_without_a_length_count_as_one_token():
+    samples = [Sample(n, (torch.zeros(1, 2),)) for n in range(40)]
+    for tokens, most in ((0, 1), (3, 3), (2048, 16)):
+        assert max(map(len, plan(samples, tokens, None, True))) == most
+    assert {len(batch) for batch in plan(samples, 3, 8, True)} == {8}
+
+
 def test_a_tensor_without_rows_of_its_own_is_shared_if_it_is_the_same():
     table = torch.rand(2, 3)
     pair = [Sample(n, {"input_ids": ids(2), "table": table}) for n in range(2)]

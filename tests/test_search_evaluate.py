@@ -124,6 +124,7 @@ def test_cells_are_chosen_on_what_is_held_out_and_reported_on_the_rest(
     assert not any(tmp_path.iterdir())  # every cell clears its folder
     early = evaluate.advance(adapted(), 6, None, tmp_path / "pause")
     assert (early.reported is None) == bool(held_out)  # reported at the end only
+    assert early.steps == evaluate.advance(adapted(), 6).steps == 6
 
 
 def test_of_several_datasets_the_mean_is_reported(tmp_path):

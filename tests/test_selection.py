@@ -651,6 +651,28 @@ def test_a_shuffled_dataloader_is_read_once():
     assert len(calibration) == 8
 
 
+def test_a_shuffled_dataloader_has_one_order():
+    digests, samples = set(), make_samples("bert", 8)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loader = DataLoader(samples, batch_size=3, collate_fn=collate, shuffle=True)
+        digests.add(Calibration(loader).digest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("trim", [0.0, 0.2])
+def test_reverse_ird_does_not_prefer_samples_without_labels(trim):
+    model, samples = make_model("llama-untied"), make_samples("llama-untied")
+    for sample in samples[2:4]:
+        sample["labels"] = [-100] * len(sample["labels"])
+    options = {"budget": 30, "num_samples": 12, "trim_samples": trim}
+    settings = config("llama-untied", method="reverse_ird", **options)
+    with pytest.warns(UserWarning, match="have no label"):
+        selection = select_parameters(model, settings, samples)
+    assert not {2, 3} & {*selection.samples}
+    assert selection.sample_scores.isfinite().all()
+
+
 class Masking:
     """A collator that draws from every global generator."""
 

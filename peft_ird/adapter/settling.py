@@ -20,6 +20,7 @@ from peft_ird.config import IRDConfig
 from peft_ird.layers.layer import IRDLayer
 from peft_ird.layers.quantized import parameter_of
 from peft_ird.selection.criteria import METHODS
+from peft_ird.selection.settings import rounded
 from peft_ird.sparse.coding import pack
 from peft_ird.sparse.storage import (
     CODED,
@@ -139,7 +140,7 @@ def check_sizes(model: nn.Module, entries: Entries, shapes: Shapes) -> None:
 def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
     wanted = config.budget
     if config.density is not None:
-        wanted = max(1, round(config.density * candidates))
+        wanted = rounded(candidates, config.density)
     if wanted is not None and wanted != size:
         raise ValueError(
             f"`selection` has {size} entries, but `density` or `budget` asks for "

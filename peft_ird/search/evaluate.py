@@ -207,7 +207,7 @@ class TrainerEvaluate:
                 self._check_metric(trainer)
             else:  # an evaluation at the start has been
                 trainer.args.eval_on_start = False
-            if save_to is not None:
+            if save_to is not None or until < self.total_steps:
                 trainer.add_callback(PauseAt(until))
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             best.restore(model)

@@ -29,7 +29,10 @@ class SuccessiveHalving:
 
     Every cell trains to a first rung; the best ``1 / eta`` of them train ``eta`` times
     as far, and so on, until one is left, which is trained to the end. The learning
-    rate follows the schedule of the full training throughout.
+    rate follows the schedule of the full training throughout. The best are those of the
+    least loss on the held-out part, if the evaluation tells it: a metric that counts is
+    still at chance when the loss tells cells apart. Who wins in the end has the best
+    score.
 
     Args:
         eta: One cell in how many goes on. With few cells one long rung tells more than

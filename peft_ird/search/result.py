@@ -1,6 +1,5 @@
 """The result of a search: what every cell came to, and the best of them."""
 
-import copy
 import importlib
 import os
 from collections.abc import Sequence
@@ -142,7 +141,7 @@ class SearchResult:
         ``get_peft_model`` takes it as it is; without its ``selection`` it selects the
         same entries from the same data.
         """
-        config = copy.deepcopy(cell_config(self.config, self.cells, self._best))
+        config = cell_config(self.config, self.cells, self._best)
         config.selection = self.best_selection
         return config
 

@@ -124,7 +124,8 @@ class Calibration:
 
     def _rows(self) -> Sequence[Any]:
         if self._samples is None:
-            self._samples = self._read()
+            with own_randomness(0):  # a loader may shuffle
+                self._samples = self._read()
         return self._samples
 
     def _read(self) -> Sequence[Any]:

@@ -1,5 +1,6 @@
 """Iterative Range Decreasing: samples and entries shrink in turn (Algorithm 1)."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -106,6 +107,10 @@ class Decrease:
         count = wanted + outliers if is_plain else None
         scores = self.estimator.sample_scores(self.samples, chosen, count)
         scores = self._scaled(scores)
+        if self.is_reverse:  # samples without labels would stay to the end
+            unlabelled = self.estimator.unlabelled()
+            rows = [i for i, s in enumerate(self.samples) if s in unlabelled]
+            scores[rows] = math.inf
         ranked = list(range(len(scores)))
         if outliers:
             inliers = top_k(scores, len(scores) - outliers, largest=self.is_reverse)

@@ -40,6 +40,8 @@ S = TypeVar("S", bound=Statistic)
 
 # In float16 the smallest gradients of a loss near one would underflow.
 _HALF_SCALE = 1024.0
+# A sum, and the place in the parameter that it is of.
+_CHOSEN_BYTES = ACCUMULATOR_BYTES + torch.int64.itemsize
 # What rounding may add to a score, or take from a norm.
 _ROUNDING = 1 + 1e-3
 # The norm of an outer product takes t^2 (o + i) steps, a score a share of t o i. This
@@ -84,7 +86,8 @@ class FisherEstimator:
         self._unused: set[str] = set()  # names of others, as far as they were told
         self._ranks = Ranks()
         limits = Limits.of(pool, calibration.batch_size, memory_limit, self._ranks)
-        self._groups = pool.groups(limits.accumulator_bytes, ACCUMULATOR_BYTES)
+        self._most_bytes = limits.accumulator_bytes
+        self._groups = pool.groups(self._most_bytes, ACCUMULATOR_BYTES)
         singles = Singles(model, pool, calibration, fisher_type, seed)
         self._engine = Engine(singles, self._ranks, limits)
         if any(p.dtype == torch.float16 for p in pool.parameters):
@@ -209,13 +212,16 @@ class FisherEstimator:
             samples: Positions in the calibration data.
             entries: Sorted positions in each parameter, int64.
         """
-        chosen = self._where(entries)
-        statistic = self._summed(
-            samples, list(chosen), partial(SquareSumAt, self.pool, chosen),
-            "Fisher information",
-        )  # fmt: skip
-        for part, total in statistic.totals.items():
-            yield part, total.div_(len(samples)).to(self.pool.dtype)
+        sizes = [len(flat) for flat in entries]
+        every = self._where(entries)
+        for group in self.pool.groups(self._most_bytes, _CHOSEN_BYTES, sizes):
+            chosen = {part: every[part] for part in group if part in every}
+            statistic = self._summed(
+                samples, list(chosen), partial(SquareSumAt, self.pool, chosen),
+                "Fisher information",
+            )  # fmt: skip
+            for part, total in statistic.totals.items():
+                yield part, total.div_(len(samples)).to(self.pool.dtype)
 
     def sample_scores(
         self,

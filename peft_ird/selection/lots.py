@@ -10,7 +10,7 @@ from peft_ird.selection.settings import Settings
 
 __all__ = ["Lots"]
 
-_NEVER = -1e300  # the key of what has no weight; rankings want finite numbers
+_NEVER = -1e9  # the key of what has no weight; chance decides between such
 Stream = Iterable[tuple[int, Tensor]]
 
 
@@ -66,9 +66,10 @@ class Lots:
                 times = times[positions[part].cpu()]
             noise = times.log_().to(scores.device)
             keys = scores.to(torch.float64, copy=True).log_().div_(self.temperature)
+            keys.clamp_min_(_NEVER)
             keys = keys.sub_(noise) if largest else keys.add_(noise)
             del times, noise
-            yield part, keys.clamp_min_(_NEVER)
+            yield part, keys
 
     def _times(self, part: int) -> Tensor:
         """Return an exponential time for every entry of a parameter, never zero."""

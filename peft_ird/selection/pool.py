@@ -57,7 +57,9 @@ class Pool:
         runs = [len(list(run)) for _, run in groupby(m for m, _ in self.names)]
         return [number for number, length in enumerate(runs) for _ in range(length)]
 
-    def groups(self, most_bytes: int, entry_bytes: int) -> list[list[int]]:
+    def groups(
+        self, most_bytes: int, entry_bytes: int, sizes: Sequence[int] | None = None
+    ) -> list[list[int]]:
         """Divide the parameters, in order, into groups of at most so many bytes.
 
         A parameter that is larger alone makes a group of its own.
@@ -65,10 +67,11 @@ class Pool:
         Args:
             most_bytes: Bytes of a group.
             entry_bytes: Bytes of an entry.
+            sizes: Entries of each parameter that count. Default: all.
         """
         groups: list[list[int]] = [[]]
         taken = 0
-        for number, size in enumerate(self.sizes):
+        for number, size in enumerate(self.sizes if sizes is None else sizes):
             taken += size * entry_bytes
             if groups[-1] and taken > most_bytes:
                 groups.append([])

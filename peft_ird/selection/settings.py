@@ -100,9 +100,11 @@ def planned_cells(
             settings.schedule, wanted, settings.initial_density, density, tolerance
         )
     if cells[0].num_samples > available:
+        is_free = cells[0].num_samples == wanted
+        advice = "Lower `num_samples`" if is_free else "Change `schedule`"
         raise ValueError(
             f"{cells[0].num_samples} samples are asked for, but `calibration` has "
-            f"{available}. Lower `num_samples`, change `schedule`, or give more data."
+            f"{available}. {advice}, or give more data."
         )
     return cells
 

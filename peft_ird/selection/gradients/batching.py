@@ -142,7 +142,8 @@ def plan(
 
     Args:
         samples: The samples, in any order.
-        tokens: Tokens in a batch, padding included, if ``batch_size`` is None.
+        tokens: Tokens in a batch, padding included, or samples without a length, if
+            ``batch_size`` is None.
         batch_size: Samples in a batch.
         padded: Whether samples of different lengths may share a batch.
 
@@ -157,7 +158,7 @@ def plan(
         start = 0
         while start < len(alike):
             longest = alike[start].tokens
-            size = batch_size or _WITHOUT_LENGTH
+            size = batch_size or min(_WITHOUT_LENGTH, max(1, tokens))
             if batch_size is None and longest is not None:
                 size = min(_MOST, max(1, tokens // max(1, longest)))
             batches.append(alike[start : start + size])

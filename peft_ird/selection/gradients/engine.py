@@ -66,16 +66,15 @@ class Engine:
             with self._raising_together():
                 outcome = trial.outcome(samples)
             outcome = outcome.agreed(self.ranks.gather(outcome))
-            everywhere = outcome.alone
             self._share_scale()
             self._outcome = outcome
-            if everywhere:
+            if outcome.alone:
                 logger.info(
                     "Gradients of %d of %d parameters are taken one sample at a time, "
                     "beginning with '%s'.",
-                    len(everywhere),
+                    len(outcome.alone),
                     len(self._pool.sizes),
-                    self._pool.name(min(everywhere)),
+                    self._pool.name(min(outcome.alone)),
                 )
             elif outcome.is_single and self._limits.batch_size != 1 < len(samples):
                 logger.info(

@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 # a norm may be off on top is that share of the largest norm of any parameter.
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUGH_AGREEMENT = 0.2
+# The same of losses, which may be computed in the type of the parameters.
+_LOSS_AGREEMENT = 1e-3
+_ROUGH_LOSS_AGREEMENT = 0.05
+_HALVES = (torch.bfloat16, torch.float16)
 _NOISE = 1e-8
 _LOOKED_AT = 64  # samples at a time that pairs are chosen from
 
@@ -201,15 +205,15 @@ class Trial:
             passed = self._together.run(
                 samples, sorted(self._parts), gradients.__setitem__
             )
-        if not _are_close(passed.loss.double().cpu(), losses.sum()):
+        if not self._are_close(passed.loss, losses.sum()):
             raise ValueError("the loss of a batch is not the sum of its samples'")
         norms = torch.zeros_like(pair.norms)
         for part, each in gradients.items():
             norms[:, part] = each.squared_norms(range(len(samples)))
         tokens = size_of(samples)
         by_token, by_sample = _held_bytes(gradients.values())
-        has_losses = passed.losses is not None and _are_close(
-            passed.losses.double().cpu(), losses
+        has_losses = passed.losses is not None and self._are_close(
+            passed.losses, losses
         )
         return Outcome(
             padded,
@@ -220,6 +224,12 @@ class Trial:
             by_sample / len(samples),
             saved.total / tokens,
         )
+
+    def _are_close(self, found: Tensor, expected: Tensor) -> bool:
+        parameters = self._together.singles.model.parameters()
+        is_rough = any(p.dtype in _HALVES for p in parameters)
+        share = _ROUGH_LOSS_AGREEMENT if is_rough else _LOSS_AGREEMENT
+        return torch.allclose(found.double().cpu(), expected, rtol=share, atol=1e-6)
 
     def _differing(self, norms: Tensor, expected: Tensor) -> frozenset[int]:
         parameters = self._together.singles.pool.parameters
@@ -257,7 +267,3 @@ class _SavedBytes:
             self._seen.add(tensor.data_ptr())
             self.total += tensor.nbytes
         return tensor
-
-
-def _are_close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-6)
