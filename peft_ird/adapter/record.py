@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from peft_ird.adapter.modules import base_model, base_modules, layers_of
-from peft_ird.layers.layer import IRDLayer
+from peft_ird.layers.kinds import wrap
 from peft_ird.selection.selection import Selection
 from peft_ird.sparse.fingerprint import differs
 from peft_ird.sparse.storage import Entries
@@ -91,7 +91,7 @@ def check_base(
         if name in layers:
             found = layers[name].fingerprint("", indices)
         else:
-            found = IRDLayer(modules[name]).fingerprint("", indices)
+            found = wrap(modules[name]).fingerprint("", indices)
         if differs(found, hashes):
             raise ValueError(
                 f"The adapter was made for other base weights: those of '{name}' at "

@@ -15,7 +15,7 @@ from peft_ird.layers.affine import Affine, Norm
 from peft_ird.layers.layer import Deltas, IRDLayer
 from peft_ird.layers.lookups import Lookups
 from peft_ird.layers.merging import is_low_precision
-from peft_ird.layers.quantized import is_quantized
+from peft_ird.layers.quantized import is_quantized, parameter_of
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows, rows_of
 from peft_ird.sparse.linear import linear
@@ -208,6 +208,10 @@ class QuantizedLinear(Linear):
             dense = delta.to_dense(delta.values.dtype)
             y = (y + F.linear(x.to(dense.dtype), dense)).to(y.dtype)
         return y
+
+    def _base_parameter(self, name: str) -> Tensor:
+        parameter: Tensor = parameter_of(self.get_base_layer(), name)
+        return parameter
 
     def parameter_in_force(self, name: str) -> Any:
         """Return a base parameter, the bias with its deltas, codes as they are."""

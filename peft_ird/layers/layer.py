@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from peft_ird.layers.holding import Codes, Holding, device_of
 from peft_ird.layers.merging import Rounding
 from peft_ird.layers.mixed_batch import BASE, by_sample
-from peft_ird.layers.quantized import parameter_of
 from peft_ird.layers.reading import Reading
 from peft_ird.layers.substitution import call_with_parameters, onloaded
 from peft_ird.sparse.delta import SparseDelta
@@ -172,7 +171,7 @@ class IRDLayer(Reading, Holding):
         return SparseDelta(indices, values, shape, support)
 
     def _base_parameter(self, name: str) -> Tensor:
-        parameter: Tensor = parameter_of(self.get_base_layer(), name)
+        parameter: Tensor = getattr(self.get_base_layer(), name)
         return parameter
 
     def get_delta_weight(self, adapter_name: str, name: str = "weight") -> Tensor:
