@@ -29,7 +29,7 @@ __all__ = [
     "IRD",
     "PREFIX",
     "BufferDict",
-    "UnloadsNested",
+    "Merges",
     "include_all_linear_layers",
     "register",
 ]
@@ -57,17 +57,46 @@ def _add_peft_type(name: str) -> PeftType:
 IRD = _add_peft_type("IRD")
 
 
-class UnloadsNested(BaseTuner):  # type: ignore[misc]
-    """A tuner that takes off layers within layers; PEFT does not look inside them."""
+class Merges(BaseTuner):  # type: ignore[misc]
+    """A tuner, this one or a mixed model, that watches over the merging of IRD layers.
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[IRD].tuner_layer_cls
-        while any(isinstance(module, layer_cls) for module in self.model.modules()):
-            super()._unload_and_optionally_merge(*args, **kwargs)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+    It takes off layers within layers, too; PEFT does not look inside them.
+    """
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Write the deltas into the base weights.
+
+        What low-precision weights lose of them is logged, and warned of above a tenth.
+
+        Args:
+            adapter_names: The adapters to merge. Default: the active ones.
+            safe_merge: Whether to check all layers before any of them is written to.
+
+        Raises:
+            ValueError: If ``safe_merge`` finds a value that is not finite.
+        """
+        with PEFT_TYPE_TO_TUNER_MAPPING[IRD].watched(self, adapter_names, safe_merge):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        *args: Any,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[IRD]
+        layer_cls = tuner.tuner_layer_cls
+        kwargs = {"safe_merge": safe_merge, "adapter_names": adapter_names, **kwargs}
+        with tuner.watched(self, adapter_names, safe_merge):
+            while any(isinstance(m, layer_cls) for m in self.model.modules()):
+                super()._unload_and_optionally_merge(*args, **kwargs)
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
 
-class _MixedModel(UnloadsNested, MixedModel):  # type: ignore[misc]
+class _MixedModel(Merges, MixedModel):  # type: ignore[misc]
     """PEFT's mixed model, handing IRD adapters to the IRD tuner."""
 
     def _tuner(self, config: Any) -> Any:

@@ -254,7 +254,7 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the configuration, whole or not at all.
 
-        A model card beside it says what to import.
+        A model card of PEFT's beside it, or above, says what to import.
 
         Args:
             save_directory: The folder.
@@ -265,10 +265,12 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         with tempfile.TemporaryDirectory(dir=place, prefix=".") as spare:
             PeftConfig.save_pretrained(self._in_lines(), spare, **kwargs)
             Path(spare, CONFIG_NAME).replace(place / CONFIG_NAME)
-        card = place / "README.md"
-        if card.is_file() and "import peft_ird" not in card.read_text("utf-8"):
-            with card.open("a", encoding="utf-8") as file:
-                file.write(_CARD)
+        for folder in (place, place.parent):  # PEFT writes one for all adapters
+            card = folder / "README.md"
+            text = card.read_text("utf-8") if card.is_file() else ""
+            if "library_name: peft" in text and "import peft_ird" not in text:
+                with card.open("a", encoding="utf-8") as file:
+                    file.write(_CARD)
 
     def _in_lines(self) -> "IRDConfig":
         """Return a copy that says of each module all in one line, if it is known."""

@@ -14,12 +14,13 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from peft_ird._registration import PREFIX, UnloadsNested
+from peft_ird._registration import PREFIX, Merges
 from peft_ird.adapter.combining import Combination, add_combined
 from peft_ird.adapter.injection import (
     adapter_counts,
     announce,
     as_named_here,
+    check_adapter_name,
     check_name,
     install,
     install_nested,
@@ -51,7 +52,7 @@ from peft_ird.sparse.storage import (
 __all__ = ["IRDModel"]
 
 
-class IRDModel(UnloadsNested):
+class IRDModel(Merges):
     """Trains chosen entries of a model's own weights as sparse deltas.
 
     The entries come from the configuration's ``selection``, from a new selection on
@@ -106,6 +107,7 @@ class IRDModel(UnloadsNested):
         model = base_model(model)
         config: IRDConfig = self.peft_config[adapter_name]
         given = config.selection
+        check_adapter_name(adapter_name)
         try:
             settle(model, config, state_dict)
             check_name(model, config, adapter_name)
@@ -155,37 +157,28 @@ class IRDModel(UnloadsNested):
     ) -> None:
         replace(self.model, child, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        if kwargs.get("safe_merge"):
-            self._check_finite(kwargs.get("adapter_names"))
-        layers = self._own_layers()
-        for layer in layers:
-            layer.rounding = Rounding()
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
-        report_rounding(layer.rounding for layer in layers)
-        return model
-
-    def _own_layers(self) -> list[IRDLayer]:
-        return [m for m in self.model.modules() if isinstance(m, IRDLayer)]
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """Write the deltas into the base weights.
-
-        What low-precision weights lose of them is logged, and warned of above a tenth.
+    @staticmethod
+    @contextmanager
+    def watched(
+        tuner: BaseTuner, adapter_names: list[str] | None, safe_merge: bool
+    ) -> Iterator[None]:
+        """Look before a merge whether it may be, and say afterwards what it lost.
 
         Args:
+            tuner: This tuner, or a mixed model.
             adapter_names: The adapters to merge. Default: the active ones.
-            safe_merge: Whether to check all layers before any of them is written to.
+            safe_merge: Whether all layers are checked before any of them is written to.
 
         Raises:
             ValueError: If ``safe_merge`` finds a value that is not finite.
         """
-        if safe_merge:
-            self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-        report_rounding(layer.rounding for layer in self._own_layers())
+        layers = [m for m in tuner.model.modules() if isinstance(m, IRDLayer)]
+        for layer in layers:
+            if safe_merge:
+                layer.check_finite(adapter_names or layer.active_adapters)
+            layer.rounding = Rounding()
+        yield
+        report_rounding(layer.rounding for layer in layers)
 
     def add_weighted_adapter(
         self,
@@ -222,10 +215,6 @@ class IRDModel(UnloadsNested):
         """Let ``adapter_names`` of a call reach the layers."""
         with handed_out(self, kwargs.get("adapter_names"), kwargs.get("num_beams")):
             yield
-
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for layer in self._own_layers():
-            layer.check_finite(adapter_names or layer.active_adapters)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: IRDConfig) -> None:
         """Warn of tied modules that are trained whole.
@@ -328,5 +317,5 @@ def _unmerge_embeddings(model: Any, tensors: dict[str, Tensor]) -> None:
     for name, layer in layers_of(model).items():
         key = keys.get(f"{name}.weight")
         if key is not None and any(layer.get_base_layer() is m for m in embeddings):
-            owner, owned = layer._shared.get("weight", (layer, "weight"))
-            tensors[key] = owner.before_merging(owned, tensors[key])
+            for owner, owned in ((layer, "weight"), *layer._shared.get("weight", ())):
+                tensors[key] = owner.before_merging(owned, tensors[key])

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
@@ -62,6 +63,8 @@ KINDS = {
     "LayerNorm": (lambda: nn.LayerNorm(4), floats(2, 5, 4)),
     "RMSNorm": (lambda: nn.RMSNorm(4), floats(2, 5, 4)),
     "LlamaRMSNorm": (lambda: LlamaRMSNorm(4), floats(2, 5, 4)),
+    "T5LayerNorm": (lambda: T5LayerNorm(4), floats(2, 5, 4)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), floats(2, 4, 3)),
     "GemmaRMSNorm": (lambda: GemmaRMSNorm(4), floats(2, 5, 4)),
     "Conv1d": (lambda: nn.Conv1d(2, 4, 3, groups=2), floats(2, 2, 6)),
     "Conv2d": (lambda: nn.Conv2d(2, 3, 2, stride=2), floats(2, 2, 4, 4)),
@@ -469,6 +472,19 @@ def test_replicas_of_data_parallel_are_refused():
     layer(torch.randn(2, 4))
     with pytest.raises(RuntimeError, match="Start the script by torchrun"):
         layer._replicate_for_data_parallel()(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    "make", [nn.LayerNorm, LlamaRMSNorm, T5LayerNorm, lambda n: nn.GroupNorm(2, n)]
+)
+def test_small_deltas_of_norms_act_on_low_precision(make):
+    torch.manual_seed(0)
+    settings = IRDConfig(density=1.0, method="random", target_modules=["0"])
+    model = get_peft_model(nn.Sequential(make(64)).bfloat16(), settings)
+    x = torch.randn(8, 64, dtype=torch.bfloat16)
+    before = model(x)
+    model.base_model.model[0].irdelta_values["default"]["weight"].data.fill_(3e-3)
+    assert (model(x) != before).double().mean() > 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from peft_ird import IRDConfig
+from peft_ird import IRDConfig, select_parameters
 from peft_ird.layers.layer import IRDLayer
+from tests.conftest import make_batch, make_model
 from tests.oracles import TOL
 
 WIDTH, ENTRIES = 64, 12
@@ -157,3 +158,77 @@ def test_switching_costs_as_much_as_there_are_entries(dtype):
 def test_the_watch_over_whole_weights_sees_them():
     with pytest.raises(AssertionError), NoWholeWeight():
         torch.zeros(WIDTH, WIDTH).clone()
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "embed_tokens"]])
+def test_entries_of_a_tied_weight_act_wherever_it_is(targets):
+    """Whichever of its names the adapter knows it by."""
+    settings = {"task_type": "CAUSAL_LM", "init_weights": False}
+    selection = select_parameters(
+        make_model("llama-untied"),
+        IRDConfig(density=0.2, method="random", target_modules=targets, **settings),
+    )
+    assert len(selection.indices) == len(targets)
+    torch.manual_seed(0)
+    model = make_model("llama").double()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model = get_peft_model(model, IRDConfig(selection=selection, **settings)).eval()
+    active = model(**make_batch("llama")).logits
+    model.merge_adapter()
+    assert_close(model(**make_batch("llama")).logits, active)
+    model.unmerge_adapter()
+    assert_close(model(**make_batch("llama")).logits, active)
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+def test_adapters_that_know_a_tied_weight_by_other_names():
+    settings = {"task_type": "CAUSAL_LM", "init_weights": False}
+    selections = [
+        select_parameters(
+            make_model("llama-untied"),
+            IRDConfig(density=0.2, method="random", target_modules=[name], **settings),
+        )
+        for name in ("lm_head", "embed_tokens")
+    ]
+    torch.manual_seed(0)
+    model = make_model("llama").double()
+    model = get_peft_model(model, IRDConfig(selection=selections[0], **settings), "one")
+    model.add_adapter("two", IRDConfig(selection=selections[1], **settings))
+    for names in (["one"], ["two"], ["one", "two"]):
+        model.base_model.set_adapter(names)
+        active = model.eval()(**make_batch("llama")).logits
+        model.merge_adapter()
+        assert_close(model(**make_batch("llama")).logits, active)
+        model.unmerge_adapter()
+
+
+def test_a_name_given_twice_is_merged_once():
+    model = adapted(torch.float32, 1.0)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter(["default", "default"])
+    model.unmerge_adapter()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("finish", ["merge_adapter", "merge_and_unload"])
+def test_mixed_models_check_before_they_merge_and_report(finish):
+    torch.manual_seed(0)
+    options = {"method": "random", "density": 0.05, "init_weights": False}
+    settings = IRDConfig(task_type="SEQ_CLS", **options)
+    model = get_peft_model(make_model("bert"), settings, mixed=True)
+    layer = [m for m in model.modules() if isinstance(m, IRDLayer)][-1]
+    values = next(iter(layer.irdelta_values["default"].values()))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    values.data[0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        getattr(model, finish)(safe_merge=True)
+    after = dict(model.named_parameters())
+    values.data[0] = 0.0
+    assert all(torch.equal(before[n], p) for n, p in after.items() if p is not values)
+    model = model.bfloat16()
+    for each in model.modules():
+        if isinstance(each, IRDLayer):
+            for entries in each.irdelta_values["default"].values():
+                entries.data = 1e-5 * torch.ones_like(entries)
+    with pytest.warns(UserWarning, match="of the deltas to rounding"):
+        getattr(model, finish)()

@@ -22,6 +22,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -942,7 +943,7 @@ def test_no_adapter_has_the_name_of_an_adapted_parameter():
     assert list(model.state_dict()) == keys
     model = get_peft_model(model, config("gpt2", target_modules=["wte"]), "bias")
     keys = list(model.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"cannot be called 'bias'.*`exclude_modules`"):
         model.add_adapter("other", settings)
     assert list(model.state_dict()) == keys
     with pytest.raises(ValueError, match="cannot be called 'wte'"):
@@ -1153,3 +1154,78 @@ def test_layers_that_are_compiled_are_adapted(targets, tmp_path):
     loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("adapter_name", ["model", "base_model", "a.b", "keys"])
+def test_names_that_peft_cannot_tell_apart_are_refused(adapter_name, monkeypatch):
+    model = adapted("bert")
+    keys = list(model.state_dict())
+    if adapter_name not in {"model", "base_model"}:  # before a selection, which is long
+        monkeypatch.setattr("peft_ird.model.settle", None)
+    with pytest.raises(ValueError, match=f"cannot be called '{adapter_name}'"):
+        model.add_adapter(adapter_name, config("bert"))
+    assert list(model.state_dict()) == keys
+
+
+class Memory(nn.Module):
+    """Has parameters that are called like a dictionary's methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return x @ self.keys.t()
+
+
+def test_parameters_that_no_dictionary_takes_are_refused_early():
+    model = nn.Sequential(nn.Linear(4, 4), Memory())
+    settings = IRDConfig(density=0.5, method="random", init_weights=False)
+    with pytest.raises(ValueError, match=r"'1\.keys' cannot be adapted.*`exclude_"):
+        get_peft_model(model, settings)
+    assert not any(isinstance(m, BaseTunerLayer) for m in model.modules())
+    settings.exclude_modules = ["1"]
+    get_peft_model(model, settings)
+
+
+class Outer(nn.Module):
+    """A module with a parameter of its own and a linear layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+def test_all_linear_reaches_into_modules_that_another_adapter_wrapped():
+    def model():
+        return nn.Sequential(Outer(), nn.Linear(4, 4))
+
+    settings = {"density": 1.0, "method": "random"}
+    expected = select_parameters(
+        model(), IRDConfig(target_modules="all-linear", **settings)
+    )
+    wrapped = get_peft_model(model(), IRDConfig(**settings))
+    wrapped.add_adapter("second", IRDConfig(target_modules="all-linear", **settings))
+    pattern = wrapped.peft_config["second"].nnz_pattern
+    assert pattern == expected.counts
+    assert "0.inner" in pattern
+
+
+def test_the_same_layer_is_found_under_another_tuners():
+    torch.manual_seed(0)
+    options = {"target_modules": ["query"], "density": 0.1}
+    model = get_peft_model(make_model("bert"), config("bert", **options), mixed=True)
+    lora = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    model.add_adapter("lora", lora)
+    model.add_adapter("second", config("bert", seed=1, **options))
+    layers = [m for m in model.modules() if isinstance(m, IRDLayer)]
+    assert len(layers) == 2  # one for each query
+    assert all({"default", "second"} == {*layer.irdelta_values} for layer in layers)
+    model.set_adapter(["default", "lora", "second"])
+    expected = logits(model.eval(), "bert")
+    model.merge_adapter()
+    assert_close(logits(model, "bert"), expected)

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -595,3 +596,80 @@ def test_an_adapter_may_be_called_read(tmp_path):
     folder = tmp_path / "read"
     loaded = PeftModel.from_pretrained(make_model("bert"), folder, adapter_name="read")
     assert torch.equal(logits(loaded, "bert"), expected)
+
+
+def test_parameters_come_in_one_order_however_an_adapter_came(name, tmp_path):
+    """Optimizers know them by their places."""
+
+    def order(model):
+        return [n for n, p in model.named_parameters() if p.requires_grad]
+
+    model = get_peft_model(make_model(name), config(name, density=0.3))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path, is_trainable=True)
+    resized = get_peft_model(make_model(name), config(name, density=0.3, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resized.load_adapter(tmp_path, "default", is_trainable=True)
+    assert order(loaded) == order(model)
+    assert order(resized) == order(model)
+
+
+def test_resized_embeddings_are_loaded_wherever_adapters_are(tmp_path):
+    """They are saved under the names of a model in which another adapter is, too."""
+
+    def base():
+        model = make_model("llama-untied")
+        torch.manual_seed(3)
+        model.resize_token_embeddings(48)
+        return model
+
+    model = get_peft_model(base(), config("llama", target_modules=["embed_tokens"]))
+    model.add_adapter("other", config("llama", target_modules=["q_proj"]))
+    model.set_adapter("other")
+    embedding = model.get_input_embeddings()
+    embedding.get_base_layer().weight.data += 1
+    expected = logits(model, "llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "other")
+    assert torch.equal(logits(loaded, "llama"), expected)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_keeps_the_precision_of_values(low_cpu_mem_usage, tmp_path):
+    model = get_peft_model(make_model("bert").bfloat16(), config("bert"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        make_model("bert").bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    found = dict(loaded.named_parameters())
+    values = {n: p for n, p in model.named_parameters() if "irdelta_values" in n}
+    assert {p.dtype for p in values.values()} == {torch.float32}
+    for key, parameter in values.items():
+        assert torch.equal(found[key], parameter)
+
+
+def test_an_adapter_that_was_first_used_in_inference_mode_can_be_trained(tmp_path):
+    get_peft_model(make_model("gpt2"), config("gpt2")).save_pretrained(tmp_path)
+    model = make_model("gpt2")
+    model.load_adapter(str(tmp_path))
+    with torch.inference_mode():
+        model(**make_batch("gpt2"))
+    model.enable_adapters()
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_("irdelta_values" in key)
+    model(**make_batch("gpt2")).loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if "irdelta_values" in n]
+    assert all(grad is not None for grad in grads)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "mine"])
+def test_the_card_says_what_to_import(adapter_name, tmp_path):
+    model = get_peft_model(make_model("bert"), config("bert"), adapter_name)
+    model.save_pretrained(tmp_path)
+    assert "import peft_ird" in (tmp_path / "README.md").read_text("utf-8")

@@ -23,6 +23,7 @@ __all__ = [
     "adapter_counts",
     "announce",
     "as_named_here",
+    "check_adapter_name",
     "check_name",
     "install",
     "install_nested",
@@ -88,12 +89,32 @@ def check_name(model: nn.Module, config: IRDConfig, adapter_name: str) -> None:
         for module, named in pattern.items()
         for part in (*module.split("."), *named)
     }
-    for taken in adapters & parts:
+    for taken in adapters & {*parts, "base_model", "model"}:  # PEFT's modules around
+        advice = "Choose another `adapter_name`."
+        if taken != adapter_name:
+            advice = "Leave its module out by `exclude_modules`."
         raise ValueError(
             f"An adapter cannot be called '{taken}': a parameter with entries is, or a "
-            "module around one, and files of other adapters would lose it. Choose "
-            "another `adapter_name`."
+            f"module around one, and files of other adapters would lose it. {advice}"
         )
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Refuse what PEFT could not name modules by.
+
+    Args:
+        adapter_name: The adapter's name.
+
+    Raises:
+        ValueError: If modules cannot be called so.
+    """
+    try:
+        nn.ModuleDict({adapter_name: nn.Identity()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"An adapter cannot be called {adapter_name!r}: {error.args[0]}. Choose "
+            "another `adapter_name`."
+        ) from error
 
 
 def install(
@@ -105,8 +126,11 @@ def install(
 ) -> IRDLayer:
     """Give the adapter its entries in one module, which is wrapped if need be."""
     assert config.nnz_pattern is not None
-    layer = target if isinstance(target, IRDLayer) else _wrap_alike(model, target, name)
-    if layer is not target:
+    inner = target
+    while isinstance(inner, BaseTunerLayer) and not isinstance(inner, IRDLayer):
+        inner = inner.base_layer  # another tuner's layer may be around ours
+    layer = inner if isinstance(inner, IRDLayer) else _wrap_alike(model, target, name)
+    if layer is not inner:
         layer.set_adapter([adapter_name])
     layer.update_layer(
         adapter_name,
@@ -119,7 +143,7 @@ def install(
         if config.ignore_base_mismatch
         else (config.fingerprint or {}).get(name),
     )
-    if layer is not target:
+    if layer is not inner:
         replace(model, target, layer)
     return layer
 
@@ -176,12 +200,21 @@ def as_named_here(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
         model: The model that they are for.
         tensors: What was saved, under the names of a model with that adapter alone.
     """
-    modules = model.named_modules()
-    paths = {plain_name(n): n for n, m in modules if isinstance(m, IRDLayer)}
+    layers: dict[str, str] = {}
+    inside: dict[str, str] = {}  # of a layer the module that it is around
+    for name, module in model.named_modules():
+        if isinstance(module, IRDLayer):
+            layers[plain_name(name)] = name
+        inside[plain_name(name)] = name
     found = {}
     for key, tensor in tensors.items():
         path, *rest = key.partition(f".{PREFIX}")
-        is_here = any(rest) and plain_name(path) in paths
+        paths = layers
+        if not any(rest):  # embeddings that are saved as well
+            path, *rest = key.rpartition(".")
+            is_around = ".base_layer" in path or plain_name(path) in layers
+            paths = inside if is_around else {}
+        is_here = plain_name(path) in paths
         found["".join([paths[plain_name(path)], *rest]) if is_here else key] = tensor
     return found
 
@@ -218,23 +251,33 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
 
 
 def share_tied(model: nn.Module) -> None:
-    """Let each module that holds a selected parameter of another one use its delta."""
+    """Let each module that holds a selected parameter of others use their deltas."""
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for name, module in base_modules(model):
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if name:
                 holders[id(parameter)].append((name, parameter_name))
-    for (owner_name, owned), *others in holders.values():
-        owner = model.get_submodule(owner_name) if others else None
-        if not isinstance(owner, IRDLayer) or not owner.has_entries(owned):
-            continue
-        for name, parameter_name in others:
+    for places in holders.values():
+        owners = [(m, p) for m, p in _layers_at(model, places) if m.has_entries(p)]
+        for name, held in places if owners and len(places) > 1 else ():
             layer = model.get_submodule(name)
             if not isinstance(layer, IRDLayer):
                 layer = _wrap_alike(model, layer, name)
-                layer.set_adapter(owner.active_adapters)
+                layer.set_adapter(owners[0][0].active_adapters)
                 replace(model, model.get_submodule(name), layer)
-            layer.share(parameter_name, owner, owned)
+            for owner, owned in owners:
+                if owner is not layer:
+                    layer.share(held, owner, owned)
+
+
+def _layers_at(
+    model: nn.Module, places: list[tuple[str, str]]
+) -> Iterator[tuple[IRDLayer, str]]:
+    """Yield the modules that are layers, and the names of their parameters."""
+    for name, parameter in places:
+        layer = model.get_submodule(name)
+        if isinstance(layer, IRDLayer):
+            yield layer, parameter
 
 
 def resize(

@@ -12,6 +12,7 @@ from peft_ird.adapter.injection import Shapes, parameter_shapes
 from peft_ird.adapter.modules import base_model, base_modules
 from peft_ird.adapter.record import check_base, provenance
 from peft_ird.adapter.targets import (
+    check_names,
     is_in_head,
     resolve_targets,
     select_parameters,
@@ -79,6 +80,8 @@ def settle(
             config.method, config.seed = selection.method, selection.seed
         config.selection = selection
         config.provenance, config.fingerprint = provenance(selection), None
+    for name, parameters in counts.items():
+        check_names(name, parameters)
     config.nnz_pattern, config.shape_pattern = counts, shapes
 
 

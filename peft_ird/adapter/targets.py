@@ -1,6 +1,6 @@
 """The parameters that a configuration targets, and the selection among them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from peft_ird._registration import include_all_linear_layers
 from peft_ird.adapter.modules import base_model, base_modules
@@ -22,6 +23,7 @@ from peft_ird.selection.selection import Selection
 from peft_ird.sparse.storage import unwrapped_name
 
 __all__ = [
+    "check_names",
     "find_candidates",
     "is_in_head",
     "resolve_targets",
@@ -137,6 +139,7 @@ def find_candidates(model: nn.Module, config: IRDConfig) -> Pool:
             module = Shadow(module)
         if name in targets:
             _check_plain(name, module)
+            check_names(name, [n for n, _ in module.named_parameters(recurse=False)])
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if name:  # the model itself cannot be replaced inside its parent
                 owners.setdefault(id(parameter), (name, parameter_name, parameter))
@@ -170,11 +173,25 @@ def resolve_targets(model: nn.Module, config: IRDConfig) -> list[str]:
     include_all_linear_layers(probe, model)
     if isinstance(probe.target_modules, set):
         probe.target_modules = {unwrapped_name(name) for name in probe.target_modules}
+        if isinstance(config.target_modules, str):  # PEFT looks into no layer for them
+            probe.target_modules |= _linear_layers_within(model)
     named = [(name, m) for name, m in base_modules(model) if name]
     if config.target_modules is None:
         names = [name for name, module in named if _holds_parameters(module)]
         probe.target_modules = set(_in_layers(names, config))
     return [name for name, _ in named if check_target_module_exists(probe, name)]
+
+
+def _linear_layers_within(model: nn.Module) -> set[str]:
+    """Return the linear layers inside modules that other adapters have wrapped."""
+    modules = model.named_modules()
+    wrapped = {unwrapped_name(n) for n, m in modules if isinstance(m, BaseTunerLayer)}
+    return {
+        name
+        for name, module in base_modules(model)
+        if isinstance(module, nn.Linear | Conv1D)
+        and not wrapped.isdisjoint([*accumulate(name.split("."), "{}.{}".format)][:-1])
+    }
 
 
 def is_in_head(name: str, config: IRDConfig) -> bool:
@@ -208,6 +225,25 @@ def _in_layers(names: list[str], config: IRDConfig) -> list[str]:
 def _holds_parameters(module: nn.Module) -> bool:
     has_own = next(module.named_parameters(recurse=False), None) is not None
     return is_quantized(module) or (has_own and not isinstance(module, _CONTAINERS))
+
+
+def check_names(module: str, parameters: Iterable[str]) -> None:
+    """Refuse parameters that no container of torch's could hold under their names.
+
+    Args:
+        module: The module's name.
+        parameters: Names of its parameters.
+
+    Raises:
+        ValueError: If one is called like a method of theirs.
+    """
+    for name in parameters:
+        if hasattr(nn.ParameterDict, name):
+            raise ValueError(
+                f"'{module}.{name}' cannot be adapted: parameters called '{name}' "
+                "cannot be kept in a dictionary of parameters. Leave the module out by "
+                "`exclude_modules`."
+            )
 
 
 def _check_plain(name: str, module: nn.Module) -> None:

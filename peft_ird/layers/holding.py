@@ -143,9 +143,9 @@ class Holding(Merging):
         """
         self._fingerprints.pop(adapter_name, None)
         if adapter_name in self.irdelta_coded._read:
-            plain = dict(self.irdelta_indices[adapter_name].items())
-            code = self._code(plain, self._numels[adapter_name])
-            self._make_room(adapter_name, code.numel())
+            counts = self.entry_counts(adapter_name)
+            size = packed_size(counts, self._numels[adapter_name])
+            self._make_room(adapter_name, size)
 
     def fingerprint(
         self, adapter_name: str, indices: Mapping[str, Tensor] | None = None
@@ -171,6 +171,7 @@ class Holding(Merging):
         found = {n: self._original_entries(n, at) for n, at in indices.items()}
         return fingerprint(found)
 
+    @torch.inference_mode(mode=False)  # else no backward pass could use the indices
     def _check(self, adapter: str) -> None:
         """Decode and check indices that came from outside, before they are used."""
         if adapter not in self._unchecked:

@@ -233,6 +233,7 @@ _KINDS: list[tuple[type[nn.Module], type[IRDLayer]]] = [
     (Conv1D, TransposedLinear),
     (nn.Embedding, Embedding),
     (nn.LayerNorm, Norm),
+    (nn.GroupNorm, Affine),
     (nn.Conv1d, Affine),
     (nn.Conv2d, Affine),
     (nn.Conv3d, Affine),
@@ -259,6 +260,6 @@ def wrap(module: nn.Module) -> IRDLayer:
         return CustomLinear(module)
     if isinstance(base, nn.Embedding):
         return CustomEmbedding(module)
-    if type(base).__name__.endswith("RMSNorm"):
+    if type(base).__name__.endswith(("RMSNorm", "LayerNorm")):
         return Norm(module)
     return IRDLayer(module)

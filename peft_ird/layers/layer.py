@@ -51,8 +51,8 @@ class IRDLayer(Reading, Holding):
         self._supports = {}
         self._fingerprints = {}
         self._numels = {}
-        # Parameters that another layer owns too; that layer has the deltas.
-        self._shared: dict[str, tuple[IRDLayer, str]] = {}
+        # Parameters that other layers hold, too; these may have deltas.
+        self._shared: dict[str, list[tuple[IRDLayer, str]]] = {}
         self._is_tied = False  # whether another layer uses a parameter of this one
         self.register_load_state_dict_post_hook(_check_what_was_loaded)  # type: ignore[no-untyped-call]
         self.in_features, self.out_features = self._features(self.get_base_layer())
@@ -92,7 +92,10 @@ class IRDLayer(Reading, Holding):
         """
         self._refuse_if_merged(adapter_name)
         values = nn.ParameterDict()
-        for name, count in counts.items():
+        # Optimizers know parameters by their order, whoever counted the entries.
+        own = [*self.get_base_layer()._parameters]
+        places = {name: own.index(name) if name in own else len(own) for name in counts}
+        for name, count in sorted(counts.items(), key=lambda c: (places[c[0]], c[0])):
             weight = self._base_parameter(name)
             init = torch.zeros if init_weights or indices is None else torch.randn
             values[name] = nn.Parameter(init(count).to(device_of(weight), weight.dtype))
@@ -111,14 +114,16 @@ class IRDLayer(Reading, Holding):
         return base
 
     def share(self, name: str, owner: "IRDLayer", owned_name: str) -> None:
-        """Use the deltas of another layer for a parameter that both hold.
+        """Use the deltas of another layer, too, for a parameter that both hold.
 
         Args:
             name: The parameter's name here.
-            owner: The layer that has the deltas.
+            owner: The layer that has deltas of it.
             owned_name: The parameter's name there.
         """
-        self._shared[name] = (owner, owned_name)
+        owners = self._shared.setdefault(name, [])
+        if (owner, owned_name) not in owners:
+            owners.append((owner, owned_name))
         self._is_tied = owner._is_tied = True
 
     def has_entries(self, name: str) -> bool:
@@ -233,10 +238,11 @@ class IRDLayer(Reading, Holding):
     ) -> dict[str, list[SparseDelta]]:
         """Return the deltas of adapters, by default the active ones, by parameter."""
         deltas = self._own_deltas(adapters)
-        for name, (owner, owned_name) in self._shared.items():
-            found = owner._own_deltas(adapters).get(owned_name)
-            if found:
-                deltas[name] = found
+        for name, owners in self._shared.items():
+            for owner, owned_name in owners:
+                found = owner._own_deltas(adapters).get(owned_name)
+                if found:
+                    deltas[name] = [*deltas.get(name, ()), *found]
         return deltas
 
     def _own_deltas(
@@ -265,9 +271,16 @@ class IRDLayer(Reading, Holding):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         weights = map(self._base_parameter, self.entry_counts(adapter_name))
-        if device is None and any(weight.is_meta for weight in weights):
-            device = torch.device("cpu")  # they are offloaded; indices would be lost
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        devices = [device_of(weight) for weight in weights]  # not that of the offloaded
+        device = device or next(iter(devices), None)
+        if device is None:
+            return
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            held = getattr(self, name)
+            tensors = (*held.parameters(), *held.buffers())
+            if adapter_name in held and not any(tensor.is_meta for tensor in tensors):
+                # in its type: that of the base weights would round what was loaded
+                held[adapter_name] = held[adapter_name].to(device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         module = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]

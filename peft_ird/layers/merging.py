@@ -98,7 +98,7 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
             ValueError: If ``safe_merge`` finds a value that is not finite.
         """
         self.rounding = Rounding()
-        adapter_names = check_adapters_to_merge(self, adapter_names)
+        adapter_names = [*dict.fromkeys(check_adapters_to_merge(self, adapter_names))]
         if safe_merge:
             self.check_finite(adapter_names)
         for adapter in adapter_names:
