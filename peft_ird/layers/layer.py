@@ -93,12 +93,13 @@ class IRDLayer(Reading, Holding):
         self._refuse_if_merged(adapter_name)
         values = nn.ParameterDict()
         # Optimizers know parameters by their order, whoever counted the entries.
-        own = [*self.get_base_layer()._parameters]
-        places = {name: own.index(name) if name in own else len(own) for name in counts}
-        for name, count in sorted(counts.items(), key=lambda c: (places[c[0]], c[0])):
+        own = self.get_base_layer()._parameters
+        order = dict.fromkeys(["weight", *own, *sorted(counts)])
+        for name in (name for name in order if name in counts):
             weight = self._base_parameter(name)
             init = torch.zeros if init_weights or indices is None else torch.randn
-            values[name] = nn.Parameter(init(count).to(device_of(weight), weight.dtype))
+            drawn = init(counts[name]).to(device_of(weight), weight.dtype)
+            values[name] = nn.Parameter(drawn)
         self.irdelta_values[adapter_name] = values
         self._hold(adapter_name, indices, counts, numels)
         self._fingerprints.pop(adapter_name, None)
