@@ -82,22 +82,28 @@ class Merges(BaseTuner):  # type: ignore[misc]
 
     def _unload_and_optionally_merge(
         self,
-        *args: Any,
+        merge: bool = True,
+        progressbar: bool = True,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-        **kwargs: Any,
     ) -> Any:
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[IRD]
         layer_cls = tuner.tuner_layer_cls
-        kwargs = {"safe_merge": safe_merge, "adapter_names": adapter_names, **kwargs}
+        options = (merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            tuner._check_merge_allowed(self)
         with tuner.watched(self, adapter_names, safe_merge):
             while any(isinstance(m, layer_cls) for m in self.model.modules()):
-                super()._unload_and_optionally_merge(*args, **kwargs)
-            return super()._unload_and_optionally_merge(*args, **kwargs)
+                super()._unload_and_optionally_merge(*options)
+            return super()._unload_and_optionally_merge(*options)
 
 
 class _MixedModel(Merges, MixedModel):  # type: ignore[misc]
     """PEFT's mixed model, handing IRD adapters to the IRD tuner."""
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        PEFT_TYPE_TO_TUNER_MAPPING[IRD]._check_merge_allowed(self)
 
     def _tuner(self, config: Any) -> Any:
         return PEFT_TYPE_TO_MIXED_MODEL_MAPPING[config.peft_type]

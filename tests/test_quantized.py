@@ -286,12 +286,13 @@ def test_saved_on_one_base_and_loaded_on_the_other(name, kind, tmp_path):
             assert_close(loaded(**batch).logits, expected, **TOL[torch.float32])
 
 
-def test_merging_is_refused_before_anything_is_written(kind):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_merging_is_refused_before_anything_is_written(kind, mixed):
     model, _ = quantized("bert", kind)
     settings = IRDConfig(
         task_type="SEQ_CLS", density=0.1, method="random", init_weights=False
     )
-    model = get_peft_model(model, settings)
+    model = get_peft_model(model, settings, mixed=mixed)
     before = copy.deepcopy(model.state_dict())
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"'bert\.encoder.*' is quantised"):

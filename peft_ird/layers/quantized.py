@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CodedWeight", "is_quantized", "parameter_of", "sizes_of"]
+__all__ = ["CodedWeight", "is_quantized", "parameter_of"]
 
 
 class CodedWeight(Tensor):
@@ -23,17 +23,18 @@ def is_quantized(module: Any) -> bool:
     is_usable = plain is not None and not _is_code(plain) and plain.ndim == 2
     has_own_forward = type(module).forward is not nn.Linear.forward
     return (
-        sizes_of(module) is not None
+        _sizes_of(module) is not None
         and has_own_forward
         and not is_usable
         and _first_code(module) is not None
     )
 
 
-def sizes_of(module: Any) -> tuple[int, int] | None:
+def _sizes_of(module: Any) -> tuple[int, int] | None:
     """Return the numbers of a linear layer's outputs and inputs, if it tells them."""
-    sizes = [getattr(module, f"{side}_features", None) for side in ("out", "in")]
-    outputs, inputs = sizes
+    outputs, inputs = (
+        getattr(module, f"{side}_features", None) for side in ("out", "in")
+    )
     if isinstance(outputs, int) and isinstance(inputs, int):
         return outputs, inputs
     return None
@@ -46,11 +47,9 @@ def parameter_of(module: Any, name: str) -> Any:
         module: A base module, or None.
         name: The parameter's name; that of a coded weight is ``weight``.
     """
-    if name != "weight" or not isinstance(module, nn.Module):
+    if name != "weight" or module is None or not is_quantized(module):
         return getattr(module, name, None)
-    if not is_quantized(module):
-        return getattr(module, name, None)
-    code, sizes = _first_code(module), sizes_of(module)
+    code, sizes = _first_code(module), _sizes_of(module)
     assert code is not None
     assert sizes is not None
     one = torch.empty((), dtype=torch.float32, device=code.device)
