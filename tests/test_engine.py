@@ -850,6 +850,12 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         lambda: Tokens(WIDTH, spread=lambda p, n: p.expand(n, 2, -1)),
         set(),
     ),
+    "vector expanded to no batch": (
+        lambda: Tokens(
+            WIDTH, spread=lambda p, n: p.expand(3, -1).unsqueeze(0).repeat(n, 1, 1)
+        ),
+        {"token"},
+    ),
     "repeated token": (
         lambda: Tokens(1, 2, WIDTH, spread=lambda p, n: p.repeat(n, 1, 1)),
         set(),
@@ -1935,6 +1941,30 @@ class TestMemory:
         calibration = Calibration(samples, loss=cross_entropy)
         found = compute(model, calibration, pool, memory_limit=limit)
         check(found, expected, {"body.module.weight", "body.module.bias"})
+
+    def test_sums_of_chosen_entries_keep_to_the_limit(self, monkeypatch):
+        taken = []
+
+        class Watched(fisher.SquareSumAt):
+            def __init__(self, pool: Pool, chosen: Any) -> None:
+                super().__init__(pool, chosen)
+                sums = sum(total.nbytes for total in self.totals.values())
+                taken.append(sums + sum(where.flat.nbytes for where in chosen.values()))
+
+        monkeypatch.setattr(fisher, "SquareSumAt", Watched)
+        model = make_model("bert")
+        limit = 4 * 8 * model.bert.embeddings.word_embeddings.weight.numel()
+        options = {"num_samples": 6, "initial_density": 1.0, **settings_of("bert")}
+        config = IRDConfig(
+            density=0.9, nested=True, schedule=[(6, 1.0), (6, 0.9)], **options
+        )
+        samples = make_samples("bert")
+        found = select_parameters(model, config, samples, memory_limit=limit)
+        assert len(taken) > 1
+        assert max(taken) <= limit // 2
+        taken.clear()
+        assert flat(found) == flat(select_parameters(model, config, samples))
+        assert len(taken) == 1
 
     def test_a_limit_below_the_largest_parameter_is_refused(self):
         model = make_model("bert")
