@@ -95,12 +95,11 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Record:
     parts = {
         "indices": [b for n, b in model.named_buffers() if "irdelta" in n],
         "supports": [
-            tensor
+            support.held
             for module in model.modules()
             for named in getattr(module, "_supports", {}).values()
             for support in named.values()
-            for tensor in (support.rows, support.columns, support.known)
-            if tensor is not None
+            if support.held is not None
         ],
         "values": trained,
         "gradients": [p.grad for p in trained if p.grad is not None],

@@ -64,7 +64,7 @@ def measure(
     generator = torch.Generator().manual_seed(options.seed)
     indices = draw(mask, side, density, generator).to(device)
     support = Support.of(indices, torch.Size((side, side)), dtype)
-    places = support.places(indices)
+    places = support.layout(indices).places
     left, right = (
         torch.randn(options.tokens, size, generator=generator).to(device, dtype)
         for size in support.block

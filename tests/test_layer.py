@@ -459,9 +459,9 @@ def test_a_support_that_was_left_behind_is_found_again():
     expected = model(x)
     (layer,) = (m for m in model.modules() if isinstance(m, IRDLayer))
     support = layer._supports["default"]["weight"]
-    away = [part.to("meta") for part in (support.rows, support.columns)]
-    moved = replace(support, rows=away[0], columns=away[1])
-    layer._supports["default"]["weight"] = moved  # as if the indices had gone alone
+    layout = support.layout(layer._indices("default")["weight"])
+    away = replace(support, held=torch.cat(layout).to("meta"))
+    layer._supports["default"]["weight"] = away  # as if the indices had gone alone
     assert torch.equal(model(x), expected)
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
+from peft_ird.layers.layer import IRDLayer
 from peft_ird.sparse import costs, lending, products
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows
@@ -74,6 +75,16 @@ def some_layout(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
+def support_of(indices, shape, dtype=torch.float32, multiple=1, is_held=False):
+    """A support with the habits of a GPU: rows in multiples, and a layout held."""
+    holding = ("cpu",) if is_held else ()
+    with (
+        mock.patch.dict("peft_ird.sparse.support._MULTIPLE", cpu=multiple),
+        mock.patch("peft_ird.sparse.support._HOLDING", holding),
+    ):
+        return Support.of(indices, torch.Size(shape), dtype)
+
+
 @st.composite
 def problems(draw, dtype=torch.float64):
     o, i = draw(st.integers(1, 9)), draw(st.integers(1, 9))
@@ -98,8 +109,7 @@ def problems(draw, dtype=torch.float64):
     bias = floats(o).requires_grad_() if draw(st.booleans()) else None
     indices = torch.tensor(chosen, dtype=torch.int32)
     multiple = draw(st.integers(1, 4))
-    with mock.patch.dict("peft_ird.sparse.support._MULTIPLE", cpu=multiple):
-        support = Support.of(indices, shape, dtype)
+    support = support_of(indices, shape, dtype, multiple, draw(st.booleans()))
     values = floats(len(chosen)).requires_grad_()
     delta = SparseDelta(indices, values, shape, support)
     return Problem(x, weight, bias, delta, is_transposed, multiple)
@@ -185,7 +195,9 @@ def test_sampled_products_do_not_depend_on_the_number_of_threads():
 @given(problems())
 def test_the_support_is_what_the_entries_use(problem):
     support, indices = problem.delta.support, problem.delta.indices.tolist()
-    for side, used in ((0, support.rows), (1, support.columns)):
+    rows, columns, places = support.layout(problem.delta.indices)
+    for side, used in ((0, rows), (1, columns)):
+        assert torch.equal(support.used(problem.delta.indices, side), used)
         width = problem.weight.shape[1]
         size = problem.weight.shape[side]
         wanted = {(j // width, j % width)[side] for j in indices}
@@ -193,12 +205,13 @@ def test_the_support_is_what_the_entries_use(problem):
         wanted = sorted([*wanted, *others[: -len(wanted) % problem.multiple]])
         if 0 < len(wanted) <= size / 2:
             assert used.tolist() == wanted
+            assert support.block[side] == len(wanted)
         else:
             assert not len(used)
+            assert support.block[side] == size
     delta = oracles.dense(*indices_and_values(problem), problem.weight.shape)
-    rows = support.rows.long() if len(support.rows) else slice(None)
-    columns = support.columns.long() if len(support.columns) else slice(None)
-    places = support.places(problem.delta.indices)
+    rows = rows.long() if len(rows) else slice(None)
+    columns = columns.long() if len(columns) else slice(None)
     block = support.dense(places, problem.delta.values)
     assert torch.equal(block.detach(), delta[rows][:, columns])
 
@@ -214,8 +227,7 @@ def test_only_the_used_columns_of_the_input_are_kept():
         indices, torch.zeros(3, requires_grad=True), torch.Size((32, 64)), support
     )
     x, weight = torch.randn(10, 64, requires_grad=True), torch.randn(32, 64)
-    known = {t.untyped_storage().data_ptr() for t in (weight, *vars(support).values(),
-             indices, delta.values) if isinstance(t, Tensor)}  # fmt: skip
+    known = {t.untyped_storage().data_ptr() for t in (weight, indices, delta.values)}
     kept = []
 
     def note(tensor):
@@ -555,62 +567,60 @@ def test_one_operator_takes_what_is_not_contiguous(make, dtype):
         assert_close(for_x.double(), ones, **TOL[dtype])
 
 
-def test_the_operators_pass_the_checks_of_torch():
+@pytest.mark.parametrize("is_held", [False, True])
+@pytest.mark.parametrize("chosen", [[1, 5, 6], [1, 19]])  # in most columns, in few
+def test_the_operators_pass_the_checks_of_torch(chosen, is_held):
+    torch.manual_seed(0)
+    indices = torch.tensor(chosen, dtype=torch.int32)
+    x = torch.randn(2, 6, requires_grad=True)
+    weight, bias = torch.randn(4, 6), torch.randn(4, requires_grad=True)
+    values = torch.randn(len(chosen), requires_grad=True)
+    ops = torch.ops.peft_ird
+    support = support_of(indices, (4, 6), is_held=is_held)
+    assert (support.held is not None) == is_held
+    delta = values, indices, support.sizes, support.held
+    torch.library.opcheck(ops.linear.default, (x, weight, bias, *delta, "block", False))
+    y = torch.randn(2, 4, requires_grad=True)
+    torch.library.opcheck(ops.plus_product.default, (y, x, *delta, "sampled", False))
+    torch.library.opcheck(
+        ops.linear_and_product.default,
+        (x, weight, bias.detach(), *delta, "block", False),
+    )
+    torch.library.opcheck(ops.used.default, (indices, 1, support.sizes))
+
+
+def test_the_embedding_operator_passes_the_checks_of_torch():
     torch.manual_seed(0)
     indices = torch.tensor([1, 5, 6], dtype=torch.int32)
-    none = torch.empty(0, dtype=torch.int32)
-    x = torch.randn(2, 4, requires_grad=True)
-    weight, values = torch.randn(3, 4), torch.randn(3, requires_grad=True)
+    values = torch.randn(3, requires_grad=True)
     ops = torch.ops.peft_ird
-    bias = torch.randn(3, requires_grad=True)
-    torch.library.opcheck(
-        ops.linear.default,
-        (x, weight, bias, values, indices, none, none, None, "block", False),
-    )
-    y = torch.randn(2, 3, requires_grad=True)
-    torch.library.opcheck(
-        ops.plus_product.default,
-        (y, x, values, indices, none, none, [3, 4], "sampled", False),
-    )
-    torch.library.opcheck(
-        ops.linear_and_product.default,
-        (x, weight, bias.detach(), values, indices, none, none, "block", False),
-    )
-    places = torch.tensor([0, 2, 3])
-    used = (torch.tensor([0, 1], dtype=torch.int32), torch.tensor([1, 2]).int())
-    torch.library.opcheck(
-        ops.plus_product.default,
-        (y, x, values, places, *used, [3, 4], "block", False),
-    )
-    torch.library.opcheck(
-        ops.linear_and_product.default,
-        (x, weight, bias.detach(), values, places, *used, "block", False),
-    )
     ids = torch.tensor([0, 2])
     rows = torch.randn(2, 4, requires_grad=True)
     torch.library.opcheck(ops.plus_rows.default, (rows, ids, values, indices, -1))
 
 
+@pytest.mark.parametrize("density", [0.02, 0.7])
 @pytest.mark.parametrize("is_loaded", [False, True])
-def test_an_entry_takes_twenty_bytes_with_adam(is_loaded, tmp_path):
+def test_an_entry_takes_twenty_bytes_with_adam(is_loaded, density, tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 64), nn.Embedding(50, 8), nn.LayerNorm(8))
-    config = IRDConfig(density=0.7, method="random")
+    config = IRDConfig(density=density, method="random")
     model = get_peft_model(copy.deepcopy(base), config)
     if is_loaded:
         model.save_pretrained(tmp_path)
         model = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained)
-    for layer in model.base_model.model:
-        ids = torch.zeros(2, dtype=torch.long)
+    layers = [m for m in model.modules() if isinstance(m, IRDLayer)]
+    for layer in layers:
+        ids = torch.arange(50)
         x = ids if layer.in_features == 50 else torch.randn(2, layer.in_features)
         layer(x).sum().backward()
     optimizer.step()
-    for layer in model.base_model.model:  # so many entries use all rows and columns
-        for support in layer._supports["default"].values():
-            assert not support.rows.numel() + support.columns.numel()
     state = [b for n, b in model.named_buffers() if "irdelta" in n]
+    for layer in layers:
+        for support in layer._supports["default"].values():
+            state += [] if support.held is None else [support.held]
     state += [*trained, *(p.grad for p in trained)]
     state += [t for s in optimizer.state.values() for t in s.values() if t.ndim]
     entries = sum(p.numel() for p in trained)
@@ -638,8 +648,9 @@ def test_a_product_of_low_values_is_computed_in_float32(problem, dtype):
 
 def test_used_rows_come_in_multiples_where_there_are_enough():
     indices = torch.arange(0, 30 * 64, 64)  # column 0 of 30 rows of 100
-    with mock.patch.dict("peft_ird.sparse.support._MULTIPLE", cpu=8):
-        support = Support.of(indices, torch.Size((100, 64)), torch.float32)
+    support = support_of(indices, (100, 64), multiple=8)
+    rows, columns, places = support.layout(indices)
     assert support.block == (32, 8)
-    assert support.rows.tolist() == [*range(30), 30, 31]
-    assert support.places(indices).tolist() == [8 * row for row in range(30)]
+    assert rows.tolist() == [*range(30), 30, 31]
+    assert columns.tolist() == [*range(8)]
+    assert places.tolist() == [8 * row for row in range(30)]

@@ -219,12 +219,12 @@ class Holding(Merging):
         self._unchecked.discard(adapter)
 
     def _support(self, adapter: str, name: str, device: torch.device) -> Support | None:
-        """Return the rows and columns in use of a matrix, where its indices are.
+        """Return the support of a matrix that serves where its indices are.
 
         FSDP and accelerate move buffers one by one, of which nobody is told.
         """
         support = self._supports.get(adapter, {}).get(name)
-        if support is not None and support.rows.device != device:
+        if support is not None and not support.is_for(device):
             self._find_supports(adapter)
             support = self._supports[adapter][name]
         return support

@@ -8,6 +8,7 @@ Shapes: ``o`` outputs, ``i`` inputs, ``k`` entries. A transposed weight, as of
 ``Conv1D``, is ``[i, o]``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def linear(
     """
     support = support_of(delta)
     output: Tensor = _linear(
-        x, weight, bias, delta.values, delta.indices, support.rows, support.columns,
-        support.known, gradient_in_force(support.gradient), is_transposed,
+        x, weight, bias, delta.values, delta.indices, support.sizes, support.held,
+        gradient_in_force(support.gradient), is_transposed,
     )  # fmt: skip
     return output
 
@@ -60,9 +61,8 @@ def _compute(
     bias: Tensor | None,
     values: Tensor,
     indices: Tensor,
-    rows: Tensor,  # noqa: ARG001 (for the backward pass)
-    columns: Tensor,  # noqa: ARG001
-    known: Tensor | None,  # noqa: ARG001
+    sizes: Sequence[int],  # noqa: ARG001 (for the backward pass)
+    held: Tensor | None,  # noqa: ARG001
     method: str,  # noqa: ARG001
     is_transposed: bool,
 ) -> Tensor:
@@ -102,31 +102,29 @@ _input_gradient = Operator(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
-    x, weight, bias, values, indices, rows, columns, known = inputs[:8]
-    ctx.method, ctx.is_transposed = inputs[8:]
+    x, weight, bias, values, indices, ctx.sizes, held = inputs[:7]
+    ctx.method, ctx.is_transposed = inputs[7:]
     ctx.has_bias = bias is not None
-    support = Support((weight.shape[0], weight.shape[1]), rows, columns)
-    needed = kept(x, values, support, ctx.is_transposed)
-    ctx.save_for_backward(needed, weight, values, indices, rows, columns, known)
+    support = Support.with_sizes(ctx.sizes, held)
+    needed = kept(x, values, indices, support, ctx.is_transposed)
+    ctx.save_for_backward(needed, weight, values, indices, held)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed, weight, values, indices, rows, columns, known = ctx.saved_tensors
+    needed, weight, values, indices, held = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_values = ctx.needs_input_grad[:4]
     assert not needs_weight, "The base weight is frozen."
     for_x = for_values = for_bias = None
     if needs_x:
         for_x = _input_gradient(grad, weight, values, indices, ctx.is_transposed)
     if needs_values:
-        shape = (weight.shape[0], weight.shape[1])
-        support = Support(shape, rows, columns, known=known)
         for_values = value_gradient(
-            grad, needed, values, support.places(indices), rows, columns, ctx.method,
+            grad, needed, values, indices, ctx.sizes, held, ctx.method,
             ctx.is_transposed,
         )  # fmt: skip
     if needs_bias and ctx.has_bias:
         for_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return for_x, None, for_bias, for_values, *(None,) * 6
+    return for_x, None, for_bias, for_values, *(None,) * 5
 
 
 _linear = Operator("linear", _compute, _fake, _setup, _backward)

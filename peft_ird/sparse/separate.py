@@ -48,9 +48,8 @@ def plus_product(
         x = x.to(torch.get_autocast_dtype(kind))  # as the base layer does
     output: Tensor
     output, _ = _plus_product(
-        y, x, delta.values, support.places(delta.indices), support.rows,
-        support.columns, list(support.shape), gradient_in_force(support.gradient),
-        is_transposed,
+        y, x, delta.values, delta.indices, support.sizes, support.held,
+        gradient_in_force(support.gradient), is_transposed,
     )  # fmt: skip
     return output
 
@@ -77,8 +76,8 @@ def linear_and_product(
     support = support_of(delta)
     output: Tensor
     output, _ = _linear_and_product(
-        x, weight, bias, delta.values, support.places(delta.indices), support.rows,
-        support.columns, gradient_in_force(support.gradient), is_transposed,
+        x, weight, bias, delta.values, delta.indices, support.sizes, support.held,
+        gradient_in_force(support.gradient), is_transposed,
     )  # fmt: skip
     return output
 
@@ -87,16 +86,15 @@ def _compute_plus_product(
     y: Tensor,
     x: Tensor,
     values: Tensor,
-    places: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    shape: Sequence[int],
+    indices: Tensor,
+    sizes: Sequence[int],
+    held: Tensor | None,
     method: str,  # noqa: ARG001 (for the backward pass)
     is_transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     out = y.clone(memory_format=torch.contiguous_format)
     with without_autocast(x):
-        delta = _Oriented(x, values, places, rows, columns, shape, is_transposed)
+        delta = _Oriented(x, values, indices, sizes, held, is_transposed)
         return out, delta.add_product_(out, x)
 
 
@@ -105,45 +103,51 @@ def _compute_linear_and_product(
     weight: Tensor,
     bias: Tensor | None,
     values: Tensor,
-    places: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    indices: Tensor,
+    sizes: Sequence[int],
+    held: Tensor | None,
     method: str,  # noqa: ARG001 (for the backward pass)
     is_transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     y = affine(x, weight, bias, is_transposed)
-    delta = _Oriented(x, values, places, rows, columns, weight.shape, is_transposed)
+    delta = _Oriented(x, values, indices, sizes, held, is_transposed)
     return y, delta.add_product_(y, x)
 
 
 def _fake_plus_product(y: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    _values, _places, rows, columns, *_, is_transposed = others
-    return y.new_empty(y.shape), _fake_copy(x, rows if is_transposed else columns)
+    _values, _indices, sizes, _held, _method, is_transposed = others
+    return y.new_empty(y.shape), _fake_copy(x, sizes, is_transposed)
 
 
 def _fake_linear_and_product(
     x: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    _bias, _values, _places, rows, columns, _method, is_transposed = others
+    _bias, _values, _indices, sizes, _held, _method, is_transposed = others
     y = x.new_empty(*x.shape[:-1], weight.shape[1 if is_transposed else 0])
-    return y, _fake_copy(x, rows if is_transposed else columns)
+    return y, _fake_copy(x, sizes, is_transposed)
 
 
-def _fake_copy(side: Tensor, used: Tensor) -> Tensor:
-    tokens = side.reshape(-1, side.shape[-1]).shape[0]
-    return side.new_empty(tokens, used.numel()) if used.numel() else side.new_empty(0)
+def _fake_copy(x: Tensor, sizes: Sequence[int], is_transposed: bool) -> Tensor:
+    if _is_whole(sizes, is_transposed):
+        return x.new_empty(0)
+    tokens = x.reshape(-1, x.shape[-1]).shape[0]
+    return x.new_empty(tokens, sizes[2 if is_transposed else 3])
+
+
+def _is_whole(sizes: Sequence[int], is_transposed: bool) -> bool:
+    """Return whether a block has all inputs."""
+    side = 0 if is_transposed else 1
+    return sizes[side] == sizes[2 + side]
 
 
 def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, x, values, places, rows, columns, shape, method, is_transposed = inputs
-    ctx.shape, ctx.method, ctx.is_transposed = shape, method, is_transposed
-    _save(ctx, x, output[1], None, values, places, rows, columns)
+    _, x, *others = inputs
+    _save(ctx, x, output[1], None, *others)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, _, values, places, rows, columns, method, is_transposed = inputs
-    ctx.shape, ctx.method, ctx.is_transposed = [*weight.shape], method, is_transposed
-    _save(ctx, x, output[1], weight, values, places, rows, columns)
+    x, weight, _, *others = inputs
+    _save(ctx, x, output[1], weight, *others)
 
 
 def _save(
@@ -152,19 +156,20 @@ def _save(
     some: Tensor,
     weight: Tensor | None,
     values: Tensor,
-    places: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    indices: Tensor,
+    sizes: Sequence[int],
+    held: Tensor | None,
+    method: str,
+    is_transposed: bool,
 ) -> None:
     """Save what was taken of the input; the input itself where that is all of it."""
     ctx.mark_non_differentiable(some)
     ctx.set_materialize_grads(False)
-    ctx.dtype = x.dtype
-    is_all = not (rows if ctx.is_transposed else columns).numel()
-    kept = x.reshape(-1, x.shape[-1]) if is_all else some
+    ctx.facts = sizes, x.dtype, method, is_transposed
+    kept = x.reshape(-1, x.shape[-1]) if _is_whole(sizes, is_transposed) else some
     if not values.requires_grad:
         kept = x.new_empty(0)
-    ctx.save_for_backward(kept, weight, values, places, rows, columns)
+    ctx.save_for_backward(kept, weight, values, indices, held)
 
 
 def _compute_gradients(
@@ -172,10 +177,9 @@ def _compute_gradients(
     kept: Tensor,
     weight: Tensor | None,
     values: Tensor,
-    places: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    shape: Sequence[int],
+    indices: Tensor,
+    held: Tensor | None,
+    sizes: Sequence[int],
     dtype: torch.dtype,
     method: str,
     is_transposed: bool,
@@ -187,27 +191,28 @@ def _compute_gradients(
     One that is not needed is empty.
     """
     for_x, for_values = grad.new_empty(0, dtype=dtype), values.new_empty(0)
-    some = taken(grad.reshape(-1, grad.shape[-1]), columns if is_transposed else rows)
     with without_autocast(grad):
+        delta = _Oriented(grad, values, indices, sizes, held, is_transposed)
+        some = taken(grad.reshape(-1, grad.shape[-1]), delta.outputs)
         if needs_x:
-            width = shape[0 if is_transposed else 1]
             if weight is None:
+                width = sizes[0 if is_transposed else 1]
                 for_x = grad.new_zeros(*grad.shape[:-1], width, dtype=dtype)
             else:
                 for_x = grad @ (weight.t() if is_transposed else weight)
-            delta = _Oriented(grad, values, places, rows, columns, shape, is_transposed)
             delta.add_input_gradient_(for_x, some)
         if needs_values:
+            places = delta.places
             for_values = entries(some, kept, values, places, method, is_transposed)
     return for_x, for_values
 
 
 def _fake_gradients(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    _kept, _weight, values, *_, shape, dtype, _method = others[:9]
-    is_transposed, needs_x, needs_values = others[9:]
-    sizes = (*grad.shape[:-1], shape[0 if is_transposed else 1]) if needs_x else (0,)
+    _kept, _weight, values, _indices, _held, sizes, dtype, _method = others[:8]
+    is_transposed, needs_x, needs_values = others[8:]
+    shape = (*grad.shape[:-1], sizes[0 if is_transposed else 1]) if needs_x else (0,)
     for_values = values.new_empty(values.shape if needs_values else 0)
-    return grad.new_empty(sizes, dtype=dtype), for_values
+    return grad.new_empty(shape, dtype=dtype), for_values
 
 
 _gradients = Operator("product_gradients", _compute_gradients, _fake_gradients)
@@ -219,10 +224,10 @@ def _through(
     """Return the gradients of the input and of the values, as far as needed."""
     if grad is None or not (needs_x or needs_values):
         return None, None
+    kept, weight, values, indices, held = ctx.saved_tensors
     for_x, for_values = _gradients(
-        grad, *ctx.saved_tensors, ctx.shape, ctx.dtype, ctx.method, ctx.is_transposed,
-        needs_x, needs_values,
-    )  # fmt: skip
+        grad, kept, weight, values, indices, held, *ctx.facts, needs_x, needs_values
+    )
     return for_x if needs_x else None, for_values if needs_values else None
 
 
@@ -231,7 +236,7 @@ def _product_backward(
 ) -> tuple[Tensor | None, ...]:
     needs_y, needs_x, needs_values = ctx.needs_input_grad[:3]
     found = _through(ctx, grad, needs_x, needs_values)
-    return grad if needs_y else None, *found, *(None,) * 6
+    return grad if needs_y else None, *found, *(None,) * 5
 
 
 def _linear_backward(
@@ -267,16 +272,16 @@ class _Oriented:
         self,
         like: Tensor,
         values: Tensor,
-        places: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        shape: Sequence[int],
+        indices: Tensor,
+        sizes: Sequence[int],
+        held: Tensor | None,
         is_transposed: bool,
     ) -> None:
         is_half = like.is_cuda and like.dtype in _HALVES
         values = values.to(like.dtype) if is_half else computable(values)
-        support = Support((shape[0], shape[1]), rows, columns)
-        block = support.dense(places, values)
+        support = Support.with_sizes(sizes, held)
+        rows, columns, self.places = support.layout(indices)
+        block = support.dense(self.places, values)
         self.inputs, self.outputs = (
             (rows, columns) if is_transposed else (columns, rows)
         )

@@ -1,43 +1,65 @@
 """The rows and columns of a matrix in which an adapter has entries.
 
 Fisher masks are clustered: at small budgets all entries lie in a few rows and columns.
-What is computed with a delta is computed on that block.
+What is computed with a delta is computed on that block. On a CPU it is found anew from
+the indices whenever it is needed, in a small part of the time of the layer's product,
+so that nothing but the indices is held.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_ird.sparse.costs import cheapest
+from peft_ird.sparse.operator import Operator
 
-__all__ = ["Support"]
+__all__ = ["Layout", "Support"]
 
 # A copy of more than this share of the columns of an input costs more than it saves.
 _DENSE = 0.5
 # A GPU multiplies 16-bit matrices of odd sizes no faster than ones a hundred times as
 # large; there some rows and columns without entries are taken along.
 _MULTIPLE = {"cuda": 8}
+# Starting the kernels that find a layout takes longer than a layer there.
+_HOLDING = ("cuda",)
+
+
+class Layout(NamedTuple):
+    """Where the entries of a matrix lie.
+
+    Args:
+        rows: Numbers of the used rows, ascending; empty for all. Shape ``[r]``, int32
+            or int64.
+        columns: Numbers of the used columns, as ``rows``. Shape ``[c]``.
+        places: Flat positions of the entries in the block that these are. Shape
+            ``[k]``, ascending.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
 class Support:
-    """Used rows and columns of a matrix, and the way to the gradient of its entries.
+    """How many rows and columns have entries, and the way to these entries' gradient.
 
     Args:
         shape: Rows and columns of the matrix.
-        rows: Numbers of the used rows, ascending; empty for all. Shape ``[r]``, int32.
-        columns: Numbers of the used columns, as ``rows``. Shape ``[c]``, int32.
+        block: Number of rows and columns that are computed with; all of them, where
+            most have entries.
         gradient: One of `METHODS`.
-        known: Positions of the entries in the block, ``[k]``, int32, on a GPU: there
-            starting the kernels that find them takes longer than a layer. Else None.
+        held: The layout's parts, one after the other, on a GPU. Shape ``[r + c + k]``,
+            int32, or int64 past 2^31 entries. Else None.
     """
 
     shape: tuple[int, int]
-    rows: Tensor
-    columns: Tensor
+    block: tuple[int, int]
     gradient: str = "block"
-    known: Tensor | None = None
+    held: Tensor | None = None
 
     @classmethod
     def of(cls, indices: Tensor, shape: torch.Size, dtype: torch.dtype) -> "Support":
@@ -48,45 +70,84 @@ class Support:
             shape: Shape of the matrix.
             dtype: Type of the inputs and of the output's gradient.
         """
-        if indices.is_meta:
-            none = indices.new_empty(0, dtype=torch.int32)
-            return cls((shape[0], shape[1]), none, none)
+        height, width = shape
+        if indices.is_meta or not len(indices):
+            return cls((height, width), (height, width))
         multiple = _MULTIPLE.get(indices.device.type, 1)
-        rows, columns = (
-            _used(numbers, size, multiple)
-            for numbers, size in zip(_divided(indices, shape[1]), shape, strict=True)
-        )
-        found = cls((shape[0], shape[1]), rows, columns)
+        block = [
+            _count(numbers, size, multiple)
+            for numbers, size in zip(_divided(indices, width), shape, strict=True)
+        ]
+        found = cls((height, width), (block[0], block[1]))
         method = cheapest(found.block, len(indices), indices.device, dtype)
-        height, width = found.block
-        is_kept = indices.is_cuda and height * width < 1 << 31
-        known = found.places(indices).int() if is_kept else None
-        return cls(found.shape, rows, columns, method, known)
+        held = None
+        if indices.device.type in _HOLDING:
+            held = torch.cat(found.layout(indices))
+            held = held.int() if shape.numel() < 1 << 31 else held
+        return cls(found.shape, found.block, method, held)
+
+    @classmethod
+    def with_sizes(cls, sizes: Sequence[int], held: Tensor | None) -> "Support":
+        """Return what operators are told of a support, as one; see `sizes`."""
+        height, width, rows, columns = sizes
+        return cls((height, width), (rows, columns), held=held)
 
     @property
-    def block(self) -> tuple[int, int]:
-        """Number of rows and columns that are computed with."""
-        height, width = self.shape
-        return self.rows.numel() or height, self.columns.numel() or width
+    def sizes(self) -> list[int]:
+        """``shape`` and ``block``."""
+        return [*self.shape, *self.block]
 
-    def places(self, indices: Tensor) -> Tensor:
-        """Return the positions of the entries in the block. Shape ``[k]``, integer."""
-        if self.known is not None:
-            return self.known
-        if not (self.rows.numel() or self.columns.numel()):
-            return indices
-        row, column = _divided(indices, self.shape[1])
-        if self.rows.numel():
-            row = torch.searchsorted(self.rows, row)
-        if self.columns.numel():
-            column = torch.searchsorted(self.columns, column)
-        return row.long() * self.block[1] + column
+    def is_for(self, device: torch.device) -> bool:
+        """Return whether it serves indices on a device."""
+        if self.held is None:
+            return device.type not in _HOLDING
+        return self.held.device == device
+
+    def layout(self, indices: Tensor) -> Layout:
+        """Return where entries are.
+
+        Args:
+            indices: Those that it is the support of.
+        """
+        if self.held is not None:
+            return Layout(*self.held.tensor_split(self._bounds))
+        if self.block == self.shape:
+            none = indices.new_empty(0)
+            return Layout(none, none, indices)
+        (rows, row), (columns, column) = (
+            _among(numbers, size, count)
+            for numbers, size, count in zip(
+                _divided(indices, self.shape[1]), self.shape, self.block, strict=True
+            )
+        )
+        return Layout(rows, columns, torch.add(column, row, alpha=self.block[1]))
+
+    def used(self, indices: Tensor, side: int) -> Tensor:
+        """Return the rows (``side`` 0) or columns (1) of the layout.
+
+        Args:
+            indices: As for `layout`.
+            side: Which.
+        """
+        if self.held is not None:
+            return self.layout(indices)[side]
+        found: Tensor = _used(indices, side, self.sizes)
+        return found
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        """Where the rows and the columns that are held end."""
+        rows, columns = (
+            0 if size == count else count
+            for size, count in zip(self.shape, self.block, strict=True)
+        )
+        return rows, rows + columns
 
     def dense(self, places: Tensor, values: Tensor) -> Tensor:
         """Return the block of the delta. Shape `block`, dtype of ``values``.
 
         Args:
-            places: What `places` returned.
+            places: Those of the layout.
             values: Shape ``[k]``.
         """
         height, width = self.block
@@ -95,18 +156,57 @@ class Support:
 
 
 def _divided(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    row = torch.div(indices, width, rounding_mode="floor")
-    return row, indices - row * width
+    flat = indices.long()
+    row = torch.div(flat, width, rounding_mode="floor")
+    return row, torch.sub(flat, row, alpha=width)
 
 
-def _used(numbers: Tensor, size: int, multiple: int = 1) -> Tensor:
-    """Return the distinct numbers below ``size``; none if they are most of them.
+def _marked(numbers: Tensor, size: int) -> Tensor:
+    marks = torch.zeros(size, dtype=torch.bool, device=numbers.device)
+    return marks.index_fill_(0, numbers, True)
 
-    So many others are among them that their count is a multiple, if there are enough.
+
+def _count(numbers: Tensor, size: int, multiple: int) -> int:
+    """Return how many numbers below ``size`` are in use; all if most of them are.
+
+    Others are counted among them up to a multiple, if there are enough.
     """
-    is_used = torch.zeros(size, dtype=torch.bool, device=numbers.device)
-    is_used[numbers.long()] = True
-    missing = -int(is_used.sum()) % multiple
-    is_used[is_used.logical_not().nonzero().flatten()[:missing]] = True
-    used = is_used.nonzero().flatten().int()
-    return used if len(used) <= _DENSE * size else used.new_empty(0)
+    count = int(_marked(numbers, size).sum())
+    count = min(size, count + -count % multiple)
+    return count if count <= _DENSE * size else size
+
+
+def _taken(numbers: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers in use, with the first others up to a count, and marks."""
+    marks = _marked(numbers, size)
+    used = marks.nonzero().flatten()
+    if len(used) < count:
+        marks[marks.logical_not().nonzero().flatten()[: count - len(used)]] = True
+        used = marks.nonzero().flatten()
+    return used, marks
+
+
+def _among(numbers: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers in use, none for all, and where those of the entries are."""
+    if count == size:
+        return numbers.new_empty(0), numbers
+    used, marks = _taken(numbers, size, count)
+    return used, marks.cumsum(0).sub_(1).index_select(0, numbers)
+
+
+def _compute_used(indices: Tensor, side: int, sizes: Sequence[int]) -> Tensor:
+    size, count = sizes[side], sizes[2 + side]
+    if size == count:
+        return indices.new_empty(0)
+    used, _ = _taken(_divided(indices, sizes[1])[side], size, count)
+    return used
+
+
+def _fake_used(indices: Tensor, side: int, sizes: Sequence[int]) -> Tensor:
+    size, count = sizes[side], sizes[2 + side]
+    if size == count:
+        return indices.new_empty(0)
+    return indices.new_empty(count, dtype=torch.int64)
+
+
+_used = Operator("used", _compute_used, _fake_used)

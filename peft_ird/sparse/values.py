@@ -3,6 +3,7 @@ r"""The gradient of a delta's values: the dense weight gradient read at their in
 Source: Sung et al., 2021, arXiv:2111.09839. Of the input only what it needs is kept.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,12 +32,15 @@ def support_of(delta: SparseDelta) -> Support:
     return delta.support
 
 
-def kept(x: Tensor, values: Tensor, support: Support, is_transposed: bool) -> Tensor:
+def kept(
+    x: Tensor, values: Tensor, indices: Tensor, support: Support, is_transposed: bool
+) -> Tensor:
     """Return what the gradient of the values needs of an input.
 
     Args:
         x: Input. Shape ``[*, i]``.
         values: Values of the delta; if they are frozen, nothing is needed.
+        indices: Those of the delta.
         support: That of the delta.
         is_transposed: Whether the weight is ``[i, o]``.
 
@@ -45,7 +49,7 @@ def kept(x: Tensor, values: Tensor, support: Support, is_transposed: bool) -> Te
     """
     if not values.requires_grad:
         return x.new_empty(0)
-    inputs = support.rows if is_transposed else support.columns
+    inputs = support.used(indices, 0 if is_transposed else 1)
     return taken(x.reshape(-1, x.shape[-1]), inputs)
 
 
@@ -53,9 +57,9 @@ def _compute(
     grad: Tensor,
     kept: Tensor,
     values: Tensor,
-    places: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    indices: Tensor,
+    sizes: Sequence[int],
+    held: Tensor | None,
     method: str,
     is_transposed: bool,
 ) -> Tensor:
@@ -64,13 +68,14 @@ def _compute(
     Args:
         grad: Gradient of the output. Shape ``[*, o]``.
         kept: What `kept` returned.
-        values: As for `entries`.
-        places: As for `entries`.
-        rows: As in `Support`.
-        columns: As in `Support`.
+        values: The values. Shape ``[k]``.
+        indices: Those of the delta.
+        sizes: As in `Support`.
+        held: As in `Support`.
         method: As for `entries`.
         is_transposed: As for `entries`.
     """
+    rows, columns, places = Support.with_sizes(sizes, held).layout(indices)
     some = taken(grad.reshape(-1, grad.shape[-1]), columns if is_transposed else rows)
     with without_autocast(grad):
         return entries(some, kept, values, places, method, is_transposed)
@@ -97,7 +102,7 @@ def entries(
         grad: Gradient of the used outputs. Shape ``[t, used outputs]``.
         kept: What `kept` returned.
         values: The values. Shape ``[k]``.
-        places: Their positions in the block, as `Support.places`. Shape ``[k]``.
+        places: Their positions in the block, as in `Layout`. Shape ``[k]``.
         method: One of `METHODS`.
         is_transposed: Whether the weight is ``[i, o]``.
     """
