@@ -15,6 +15,7 @@ from peft_ird.selection.lots import Lots
 from peft_ird.selection.ranking import top_k
 from peft_ird.selection.schedule import Cell
 from peft_ird.selection.settings import Settings, rounded
+from peft_ird.selection.shortlist import Shortlist
 
 if sys.platform != "win32":
     import resource
@@ -56,6 +57,8 @@ class Decrease:
         self.samples = samples
         self.sample_scores = torch.empty(0, dtype=torch.float64)
         self.entries: Entries | None = None
+        self.shortlist: Shortlist | None = None
+        self._has_bounds = settings.scope != "balanced"
 
     def steps(self, cells: Sequence[Cell], count: int) -> Iterator[Step]:
         """Yield what is kept at each cell.
@@ -131,7 +134,7 @@ class Decrease:
         return scores
 
     def _rank_entries(self, count: int, has_fewer_samples: bool) -> None:
-        pool, scope = self.estimator.pool, self.settings.scope
+        scope = self.settings.scope
         is_nested = self.settings.nested or self.is_reverse
         if self.entries is not None and is_nested:
             if count < len(self.entries):
@@ -143,10 +146,29 @@ class Decrease:
         fewer = None
         if self.entries is not None and not has_fewer_samples:
             fewer = self.entries.fewer(count, scope)
-        if fewer is None:
-            stream = self.estimator.fisher(self.samples)
-            fewer = Entries.best(pool, stream, count, scope, lots=self.lots)
-        self.entries = fewer
+        self.entries = fewer or self._best_listed(count) or self._best(count)
+
+    def _best(self, count: int) -> Entries:
+        """Return the best of all candidates."""
+        scope = self.settings.scope
+        stream = self.estimator.fisher(self.samples)
+        found = Entries.best(self.estimator.pool, stream, count, scope, lots=self.lots)
+        if self._has_bounds:
+            self.shortlist = Shortlist(found, len(self.samples), scope, self.lots)
+        return found
+
+    def _best_listed(self, count: int) -> Entries | None:
+        """Return them without a look at all candidates, where that is possible."""
+        listed = self.shortlist
+        if listed is None or count >= len(listed.entries):
+            return None
+        if not self.estimator.has_kept(self.samples):  # then each look takes a pass
+            return None
+        stream = self.estimator.fisher_at(self.samples, listed.entries.positions)
+        found = listed.best(stream, len(self.samples), count)
+        if found is None:  # it would not be with fewer samples either
+            self.shortlist, self._has_bounds = None, False
+        return found
 
 
 def only_step(

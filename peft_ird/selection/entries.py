@@ -1,5 +1,6 @@
 """Chosen entries of a pool: ranked among all, among those chosen before, compared."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from peft_ird.selection.pool import Pool
 from peft_ird.selection.ranking import Ranking, shares
 from peft_ird.selection.topk import TopK
 
-__all__ = ["SCOPES", "Entries"]
+__all__ = ["SCOPES", "Entries", "Stream"]
 
 SCOPES = ("global", "per_module", "balanced")
 
@@ -110,6 +111,30 @@ class Entries:
             p[i] for p, i in zip(self.positions, picked.positions, strict=True)
         ]
         return Entries(self.pool, positions, picked.scores)
+
+    def rescored(self, stream: Stream, lots: Lots | None = None) -> "Entries":
+        """Return the same entries with other scores.
+
+        Args:
+            stream: Parameter numbers and scores of these entries; parameters without
+                entries may be left out.
+            lots: As for `best`.
+        """
+        if lots is not None:
+            stream = lots.keys(stream, self.positions)
+        scores = list(self.scores)
+        for part, found in stream:
+            scores[part] = found
+        return Entries(self.pool, self.positions, scores)
+
+    def least(self, scope: str) -> list[float]:
+        """Return the least score in each group of a scope; infinite without entries."""
+        groups = _groups(self.pool, scope)
+        found = [math.inf] * (groups[-1] + 1)
+        for group, scores in zip(groups, self.scores, strict=True):
+            if scores.numel():
+                found[group] = min(found[group], float(scores.min()))
+        return found
 
     def fewer(self, k: int, scope: str) -> "Entries | None":
         """Return what `best` would choose by the same scores for a smaller k.

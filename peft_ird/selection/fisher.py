@@ -130,6 +130,10 @@ class FisherEstimator:
         """
         self._engine.remember(samples)
 
+    def has_kept(self, samples: Sequence[int]) -> bool:
+        """Return whether gradients of all samples are kept."""
+        return self._engine.has_kept(samples)
+
     def forget_all_but(self, samples: Sequence[int]) -> None:
         """Drop kept gradients that passes over ``samples`` will not need."""
         self._engine.kept.forget_all_but(samples)
