@@ -563,6 +563,18 @@ class Scales(nn.Module):
         return torch.add(x, self.shift).mul(self.one)
 
 
+class Grid(nn.Module):
+    """Adds a little of a grid, which is no batch though its sides could be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, WIDTH))
+        self.grid = torch.rand(12, 5, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1e-5 * (self.grid @ self.weight).mean((0, 1))
+
+
 class Twice(nn.Module):
     """Calls one module twice."""
 
@@ -758,6 +770,7 @@ BODIES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "flat table of positions": (lambda: Table(4, WIDTH), set()),
     "embedding of positions": (Positions, set()),
     "scales": (Scales, set()),
+    "faint grid": (Grid, {"weight"}),
     "linear twice": (lambda: Twice(linear()), set()),
     "norm twice": (lambda: Twice(nn.LayerNorm(WIDTH)), set()),
     "llama's norm twice": (lambda: Twice(LlamaNorm()), set()),

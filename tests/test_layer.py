@@ -487,6 +487,29 @@ def test_small_deltas_of_norms_act_on_low_precision(make):
     assert (model(x) != before).double().mean() > 0.2
 
 
+class ScaledLayerNorm(nn.LayerNorm):
+    """A norm that gives a scale, too, as that of I-BERT."""
+
+    def forward(self, x):
+        return super().forward(x), x.abs().max()
+
+
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_a_low_precision_norm_may_give_more_than_a_tensor(is_hooked):
+    torch.manual_seed(0)
+    settings = IRDConfig(density=1.0, method="random", target_modules=["0"])
+    model = get_peft_model(nn.Sequential(ScaledLayerNorm(8)).bfloat16(), settings)
+    layer = model.base_model.model[0]
+    if is_hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    layer.irdelta_values["default"]["weight"].data.fill_(1.0)
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    for _ in range(2):
+        found, scale = model(x)
+        assert scale == x.abs().max()
+        assert_close(found, 2 * nn.functional.layer_norm(x, (8,)), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_do_not_depend_on_the_default_type(dtype):
     torch.manual_seed(0)

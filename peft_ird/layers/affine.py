@@ -24,9 +24,12 @@ class Affine(IRDLayer):
     that the deltas have in the output is added instead.
     """
 
+    _gives_tensors = True  # as far as has been seen
+
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
         weights = [self._base_parameter(name) for name in deltas]
-        if not any(is_low_precision(w) or w.is_meta for w in weights):
+        is_coarse = any(is_low_precision(w) or w.is_meta for w in weights)
+        if not (is_coarse and self._gives_tensors):
             return super()._run(deltas, *args, **kwargs)
         dense = {
             name: sum_dense(found, torch.float32) for name, found in deltas.items()
@@ -36,13 +39,16 @@ class Affine(IRDLayer):
         is_whole = torch.compiler.is_compiling() or self._is_alone()
         call = self.base_layer if is_whole else self.get_base_layer().forward
 
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            output: Tensor = call(*args, **kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            if not isinstance(output, Tensor):  # norms of integers give a scale, too
+                self._gives_tensors = False
+                return output
             return output + self._output_share(dense, *args, **kwargs).to(output.dtype)
 
-        if is_whole:
-            return run(*args, **kwargs)
-        return with_forward(self.base_layer, run)(*args, **kwargs)
+        layer = run if is_whole else with_forward(self.base_layer, run)
+        output = layer(*args, **kwargs)
+        return output if self._gives_tensors else super()._run(deltas, *args, **kwargs)
 
     def _is_simple_call(
         self, deltas: Deltas, args: tuple[Any, ...], kwargs: Mapping[str, Any]

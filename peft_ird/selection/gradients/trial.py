@@ -20,14 +20,15 @@ __all__ = ["Outcome", "Trial"]
 logger = logging.getLogger(__name__)
 
 # Relative difference of squared norms up to which batch and single sample agree. What
-# a norm may be off on top is that share of the largest norm of any parameter.
+# a norm may be off on top is the noise, a share of the largest norm of any parameter.
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUGH_AGREEMENT = 0.2
+_NOISE = {torch.float64: 1e-16}
+_ROUGH_NOISE = 1e-8
 # The same of losses, which may be computed in the type of the parameters.
 _LOSS_AGREEMENT = 1e-3
 _ROUGH_LOSS_AGREEMENT = 0.05
 _HALVES = (torch.bfloat16, torch.float16)
-_NOISE = 1e-8
 _LOOKED_AT = 64  # samples at a time that pairs are chosen from
 
 
@@ -234,8 +235,9 @@ class Trial:
     def _differing(self, norms: Tensor, expected: Tensor) -> frozenset[int]:
         parameters = self._together.singles.pool.parameters
         share = max(_AGREEMENT.get(p.dtype, _ROUGH_AGREEMENT) for p in parameters)
-        noise = _NOISE * expected.amax(1, keepdim=True)
-        agrees = (norms - expected).abs() <= share * expected + noise
+        noise = max(_NOISE.get(p.dtype, _ROUGH_NOISE) for p in parameters)
+        largest = expected.amax(1, keepdim=True)
+        agrees = (norms - expected).abs() <= share * expected + noise * largest
         return _positions(~agrees.all(0))
 
 
