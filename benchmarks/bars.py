@@ -39,8 +39,8 @@ def rated(
 
 
 def with_bar(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows that are held to a bar."""
-    return [row for row in rows if row.bar]
+    """Return the rows that are held to a bar, and those on the same."""
+    return [row for row in rows if row.bar or row.title.startswith("the same,")]
 
 
 def render(rows: Iterable[Row], columns: Sequence[str], note: str) -> str:

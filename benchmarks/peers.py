@@ -13,7 +13,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -133,6 +133,11 @@ def loop(work: Work) -> Iterator[Run]:
     yield run
 
 
+def unpadded(work: Work) -> AbstractContextManager[Run]:
+    """Do the same without padding."""
+    return loop(replace(work, padded_to=0))
+
+
 @contextmanager
 def opacus(work: Work) -> Iterator[Run]:
     """Let ``GradSampleModule`` keep each sample's gradients until backward ends."""
@@ -190,6 +195,7 @@ CONTESTANTS: dict[str, Callable[[Work], AbstractContextManager[Run]]] = {
     "engine": engine,
     "limited": limited,
     "loop": loop,
+    "unpadded": unpadded,
     "opacus": opacus,
     "backpack": backpack,
 }

@@ -68,7 +68,7 @@ def result_file(name: str, options: argparse.Namespace) -> Path:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit, and whether files differ from it."""
+    """Return the commit, and whether files that run differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -76,7 +76,8 @@ def git_state() -> dict[str, Any]:
         )
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    code = ("--", "*.py", "*.toml", "*.cfg", "*.txt")
+    changed = git("status", "--porcelain", "--untracked-files=no", *code)
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 

@@ -57,6 +57,10 @@ def _loop_rows(results: Record) -> Iterator[Row]:
         padded = f", padded to {LONGEST}" if length == "mixed" else ""
         title = f"times faster than a one-sample loop, {_tokens(length)}{padded}"
         yield rated(title, values, "{:.2f}", least=LOOP_BARS.get(length))
+    for length, cells in _by_length(results, "unpadded"):
+        values = {c["shape"]: c["over_engine"]["unpadded"] for c in cells}
+        title = f"the same, {_tokens(length)}, not padded"
+        yield rated(title, values, "{:.2f}")
 
 
 def _check_rows(results: Record) -> Iterator[Row]:

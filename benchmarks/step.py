@@ -1,6 +1,6 @@
 """Measure training steps: time, memory, switching adapters, and how they grow.
 
-python benchmarks/step.py                       # all: about ten minutes
+python benchmarks/step.py                       # all: a quarter of an hour
 python benchmarks/step.py --shapes tiny --parts speed --only floor ird lora-8
 python benchmarks/step.py --device cuda --dtype bfloat16 --shapes llama-1b
 """
@@ -8,6 +8,7 @@ python benchmarks/step.py --device cuda --dtype bfloat16 --shapes llama-1b
 import argparse
 import copy
 import gc
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from footprint import kept_bytes, peaks, state_bytes
 from peft import LoraConfig, get_peft_model
-from record import circumstances, result_file, write
+from record import circumstances, giving_back, keep_memory, result_file, write
 from shapes import SHAPES, Batch, Shape, build, draw, targets
 from step_table import table
 from torch import nn
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--only", nargs="+", choices=BUILDERS, default=list(BUILDERS))
     add("--densities", nargs="+", type=float, default=[0.005])
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=7)
     add("--batch", type=int, help="samples; default: the shape's own")
     add("--length", type=int, help="tokens of a sample; default: the shape's own")
     add("--device", default="cpu")
@@ -130,7 +131,8 @@ def peak(everyone: list[Trainee], name: str, options: argparse.Namespace) -> Rec
     for each in everyone:
         try:
             shape = sized(name, options)
-            found[each.label] = peaks(each, shape, options.device, options.dtype)
+            with giving_back():
+                found[each.label] = peaks(each, shape, options.device, options.dtype)
         except Exception as error:  # what a peer raises is a finding
             found[each.label] = {"error": f"{type(error).__name__}: {error}"}
     return {"trainees": found}
@@ -139,7 +141,7 @@ def peak(everyone: list[Trainee], name: str, options: argparse.Namespace) -> Rec
 def compare(
     everyone: list[Trainee], shape: Shape, options: argparse.Namespace
 ) -> Record:
-    """Time steps in turn and count what is kept, after a step as a warm-up."""
+    """Time steps in turn and count what is kept, after some as a warm-up."""
     gc.collect()  # the models of the shape before
     runners: dict[str, Runner] = {}
     rows: dict[str, Record] = {}
@@ -153,7 +155,7 @@ def compare(
         except Exception as error:  # what a peer raises is a finding
             row["error"] = f"{type(error).__name__}: {error}"
             print(f"{each.label}: {row['error']}", flush=True)
-    interleave(runners, rows, options.repeats)
+    interleave(runners, rows, options.repeats, options.seed)
     for label in runners:
         print(
             f"{shape.family}, {label}: {median(rows[label]['step']):.3f} s", flush=True
@@ -185,24 +187,26 @@ def prepare(
 
 
 def interleave(
-    runners: dict[str, Runner], rows: dict[str, Record], repeats: int
+    runners: dict[str, Runner], rows: dict[str, Record], repeats: int, seed: int
 ) -> None:
-    """Add seconds and medians of ratios; each repetition starts with another one.
+    """Add seconds and medians of ratios; each repetition has an order of its own.
 
-    ``over`` holds the ratios to all others, of one repetition each.
+    A repetition that does not count comes first. ``over`` holds the ratios to all
+    others, of one repetition each.
     """
     names = list(runners)
+    rng = random.Random(seed)
     for label in names:
         rows[label] |= {"step": [], "passes": []}
     gc.collect()
     gc.freeze()  # what lives through all steps; each collection is then a short one
-    for i in range(repeats):
-        shift = i % len(names) if names else 0
-        for label in [*names[shift:], *names[:shift]]:
+    for repetition in range(repeats + 1):
+        for label in rng.sample(names, len(names)):
             gc.collect()
             whole, passes = runners[label].step()
-            rows[label]["step"].append(whole)
-            rows[label]["passes"].append(passes)
+            if repetition:
+                rows[label]["step"].append(whole)
+                rows[label]["passes"].append(passes)
     gc.unfreeze()
     for label in names:
         rows[label]["over"] = {
@@ -287,4 +291,5 @@ def _seconds(model: Any, repeats: int, merged: bool) -> list[float]:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

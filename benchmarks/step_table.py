@@ -39,8 +39,21 @@ def note(results: Record) -> str:
     )
     return (
         f"Medians of {results['settings']['repeats']} repetitions, random weights, "
-        f"{results['settings']['dtype']}, no dropout, {where}, {libraries}."
+        f"{results['settings']['dtype']}, no dropout, {where}, {libraries}; "
+        f"the slowest repetition of a contestant took {_spread(results):.2f} times as "
+        "long as its fastest, in the median."
     )
+
+
+def _spread(results: Record) -> float:
+    """Return how far repetitions of a contestant are apart, in the median of all."""
+    steps = [
+        row["step"]
+        for rows in _speed(results).values()
+        for row in rows.values()
+        if row.get("step")
+    ]
+    return median(max(each) / min(each) for each in steps)
 
 
 def joined(results: Record, more: Record) -> Record:
@@ -79,7 +92,7 @@ def _floor_rows(results: Record) -> Iterator[Row]:
 def _peer_rows(results: Record) -> Iterator[Row]:
     for cells in _cells(results, "ird", "ird-random"):
         name, density = (cells[0][1][key] for key in ("name", "density"))
-        for other in TITLES if name == "ird" else ("lora-8",):
+        for other in TITLES if name == "ird" else PEER_BARS:
             if other.startswith(("ird", "floor")):
                 continue
             key = other

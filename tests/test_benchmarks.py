@@ -21,13 +21,14 @@ def selection_speed(monkeypatch) -> ModuleType:
 @pytest.mark.slow
 def test_the_speed_table_has_every_part_that_was_run(selection_speed, tmp_path):
     path = tmp_path / "speed.json"
-    parts = ["--only", "plain", "engine", "loop", "accuracy"]
+    parts = ["--only", "plain", "engine", "loop", "unpadded", "accuracy"]
     cells = ["--shapes", "tiny", "--lengths", "16", "mixed", "--repeats", "2"]
     selection_speed.main([*parts, *cells, "--samples", "4", "--output", str(path)])
     results = json.loads(path.read_text("utf-8"))
     table = selection_speed.table(results)
     assert "| time, in plain passes, T = 16 |" in table
     assert "one-sample loop, T = 32 to 128, padded to 128 |" in table
+    assert "| the same, T = 32 to 128, not padded |" in table
     assert "Opacus" not in table
     assert results["accuracy"]["float64"]["entrywise"] < 1e-9
     assert [cell["samples"] for cell in results["speed"]] == [4, 4]
@@ -74,7 +75,8 @@ def test_the_step_table_has_every_contestant_and_what_is_refused(step, tmp_path)
     assert bert["floor"]["kept"] < bert["lora-8"]["kept"]
     assert bert["ird 0.5 %"]["state_bytes"]["all"] >= 4 * 4
     table = step.table(results)
-    assert "| step, IRD, clustered mask, 0.5 %, over SHiRA |" in table
+    for mask in ("clustered", "random"):
+        assert f"| step, IRD, {mask} mask, 0.5 %, over SHiRA |" in table
     assert "times faster to activate another than LoRA" in table
     step_table = importlib.import_module("step_table")
     only = ["floor", "ird", "lora-8"]
