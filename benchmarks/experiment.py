@@ -28,6 +28,7 @@ __all__ = ["Experiment", "Job", "Result", "best_rate", "load_results", "next_rat
 
 FOLDER = RESULTS / "glue"
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
+MAX_LENGTH = 128  # tokens of a sample, if the settings name no ``max_length``
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates
 _KEYS = ("rows", "rounds", "seeds", "tuning")
 Result = dict[str, Any]

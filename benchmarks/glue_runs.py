@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiment import Experiment, Job, Result, load_results
+from experiment import MAX_LENGTH, Experiment, Job, Result, load_results
 from record import ROOT, git_state, machine, versions, write
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -140,7 +140,7 @@ def perform(
     arguments += ["--epochs", str(settings["epochs"])]
     train = settings["train"]
     arguments += ["--max-train", str(train.get(job.task, train["others"]))]
-    arguments += ["--max-length", str(settings.get("max_length", 128))]
+    arguments += ["--max-length", str(settings.get("max_length", MAX_LENGTH))]
     arguments += ["--options", json.dumps(row.get("options", {}))]
     if given.data_dir:
         arguments += ["--data-dir", given.data_dir]

@@ -13,7 +13,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from experiment import LADDER, Experiment, best_rate, load_results, next_rates
+from experiment import (
+    LADDER,
+    MAX_LENGTH,
+    Experiment,
+    best_rate,
+    load_results,
+    next_rates,
+)
 from paired import sign_flip
 from scipy import stats
 
@@ -156,6 +163,7 @@ def _note(
     return (
         f"{label}, budget {density:.2%} of its {first['budget'] / density / 1e6:.1f} M "
         f"weights, training samples drawn by the seed: {sizes}; "
+        f"at most {experiment.settings.get('max_length', MAX_LENGTH)} tokens; "
         f"{experiment.settings['epochs']} epochs of batches of 32; GLUE's validation "
         f"sets. Mean ± standard deviation over {len(experiment.seeds)} seeds, or as "
         f"many as stand in brackets; {_metrics(train)}. Rates climb a "

@@ -174,11 +174,11 @@ class Lesson:
         return [{"input_ids": block, "labels": block} for block in blocks]
 
     def load_base(self) -> nn.Module:
-        """Load the model, as it is before any adapter."""
+        """Load the model, as it is before any adapter, where it will be trained."""
         set_seed(self.options.seed)
         dtype = getattr(torch, self.options.dtype)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype)
-        return model
+        return model.to(TrainingArguments(output_dir=str(self.folder)).device)
 
     def ird(self, budget: int | None) -> peft.PeftModel:
         """Wrap the model, with the weights that the training blocks choose."""
@@ -263,13 +263,15 @@ class Lesson:
         return math.exp(trainer.evaluate(self.held_out)["eval_loss"])
 
     def continued(self, model: nn.Module) -> str:
-        """Continue the prompt by the likeliest tokens, up to the length of a block."""
+        """Continue the prompt by the likeliest tokens, a block of them if that fits."""
         model.eval()
         prompt = self.tokenizer(self.options.prompt, return_tensors="pt")
+        longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+        room = max(1, longest - prompt["input_ids"].shape[1])
         tokens = model.generate(
             input_ids=prompt["input_ids"].to(model.device),
             attention_mask=prompt["attention_mask"].to(model.device),
-            max_new_tokens=self.options.block,
+            max_new_tokens=min(self.options.block, room),
             do_sample=False,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id,

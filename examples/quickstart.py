@@ -93,7 +93,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Each method has a learning rate of its own, fixed here. They were "
         "chosen on other sentences of the grammar's training words, as were IRD's "
         "scope and the size of both; its temperature on GLUE. None of it was tuned for "
-        "other models and tasks.",
+        "other models and tasks. The heads are trained as well, at these rates, and "
+        "all of it on the CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -148,11 +148,11 @@ def test_the_language_model_that_is_made_here(tmp_path):
 def test_a_language_model_on_a_text_of_ones_own(tmp_path, dtype):
     model = tiny_checkpoint(tmp_path / "model", "gpt2-lm")
     text = tmp_path / "text"
-    text.write_text("abc def ghi\n\njkl mno pqr\nstu vwx yza\n" * 12, "utf-8")
+    text.write_text("abc def ghi\n\njkl mno pqr\nstu vwx yza\n" * 96, "utf-8")
     run_example(
         "causal_lm.py", "--model", model, "--text", text, "--dtype", dtype,
         "--method", "random", "--density", "0.05", "--output-dir", tmp_path / "out",
-        *SHORT,
+        *SHORT, "--block", "128",  # all that the model can read
     )  # fmt: skip
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     (run,) = results["runs"]
