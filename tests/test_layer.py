@@ -460,9 +460,13 @@ def test_a_support_that_was_left_behind_is_found_again():
     (layer,) = (m for m in model.modules() if isinstance(m, IRDLayer))
     support = layer._supports["default"]["weight"]
     layout = support.layout(layer._indices("default")["weight"])
-    away = replace(support, held=torch.cat(layout).to("meta"))
-    layer._supports["default"]["weight"] = away  # as if the indices had gone alone
-    assert torch.equal(model(x), expected)
+    for away in (
+        replace(support, held=torch.cat(layout).to("meta")),
+        replace(support, block=support.shape, kind="meta"),
+    ):
+        layer._supports["default"]["weight"] = away  # as if the indices had gone alone
+        assert torch.equal(model(x), expected)
+        assert layer._supports["default"]["weight"] == support
 
 
 def test_replicas_of_data_parallel_are_refused():

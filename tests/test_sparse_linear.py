@@ -251,24 +251,32 @@ def test_the_weight_gets_every_bit_back(problem, dtype):
     expected = before + oracles.dense(*indices_and_values(problem), weight.shape).to(
         dtype
     )
-    with with_delta(weight, problem.delta.indices, problem.delta.values) as merged:
-        assert_close(merged, expected, **TOL[dtype])
+    found = with_delta(weight, *indices_and_values(problem), torch.clone)
+    assert_close(found, expected, **TOL[dtype])
     assert torch.equal(weight, before)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        with_delta(weight, problem.delta.indices, problem.delta.values),
-    ):
+
+    def interrupt(_: Tensor) -> Tensor:
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as problem_seen:
+        with_delta(weight, *indices_and_values(problem), interrupt)
+    assert problem_seen.traceback  # which holds all frames, and should hold no delta
     assert torch.equal(weight, before)
+    with lending.unlent(weight):
+        pass
     assert weight._version == version
 
 
 def test_a_weight_that_other_processes_see_is_left_alone():
     weight = torch.randn(3, 3).share_memory_()
     before = weight.clone()
-    with with_delta(weight, torch.tensor([4]), torch.ones(1)) as merged:
+
+    def look(merged: Tensor) -> Tensor:
         assert torch.equal(weight, before)
-        assert merged[1, 1] == before[1, 1] + 1
+        return merged.clone()
+
+    merged = with_delta(weight, torch.tensor([4]), torch.ones(1), look)
+    assert merged[1, 1] == before[1, 1] + 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory maps are Linux's")
@@ -331,6 +339,93 @@ def test_eight_threads_run_at_once():
         thread.join()
     assert all(len(each) == 50 and all(each) for each in found)
     assert torch.equal(model.base_model.model[0].base_layer.weight, before)
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a forward of its own."""
+
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+class Ties(nn.Module):
+    """A table that a head computes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Scaled(64, 64)
+        self.head = nn.Linear(64, 64, bias=False)
+        self.head.weight = self.table.weight
+
+    def tie_weights(self, **_) -> None:
+        self.head.weight = self.table.weight
+
+
+def plainly(layer: nn.Module) -> Tensor:
+    return layer(torch.linspace(-1, 1, 64 * 16).view(16, 64))
+
+
+def in_low_precision(layer: nn.Module) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return plainly(layer)
+
+
+def beside_it(layer: nn.Module) -> Tensor:
+    inputs = torch.linspace(-1, 1, 64 * 16).view(16, 64)
+    weight = layer.get_base_layer().weight
+    indices = torch.arange(0, 64 * 64, 7, dtype=torch.int32)
+    support = support_of(indices, weight.shape)
+    delta = SparseDelta(indices, torch.ones(len(indices)), weight.shape, support)
+    return linear_and_product(inputs, weight, None, delta)
+
+
+def looked_up(layer: nn.Module) -> Tensor:
+    return layer(torch.arange(64))
+
+
+class Gram(nn.Embedding):
+    """An embedding that reads its weight through attributes as well."""
+
+    def forward(self, ids):
+        return super().forward(ids) @ (self.weight.T @ self.weight.data)
+
+
+def test_a_table_that_is_read_through_attributes_has_its_delta():
+    torch.manual_seed(0)
+    model = adapted(Gram(9, 4).double())
+    ids = torch.arange(9)
+    found = model(ids)
+    model.merge_adapter()
+    assert_close(found, model(ids), **TOL[torch.float64])
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("table", looked_up), ("head", in_low_precision), ("head", beside_it)],
+)
+def test_threads_that_compute_in_other_ways_see_no_delta(name, other):
+    torch.manual_seed(0)
+    settings = IRDConfig(density=1.0, method="random")
+    inner = get_peft_model(Ties(), settings).eval().base_model.model
+    for parameter in inner.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(5.0)
+    found, is_over = [], threading.Event()
+
+    def work() -> None:
+        with torch.no_grad():
+            while not is_over.is_set():
+                plainly(inner.head)
+
+    with torch.no_grad():
+        expected = other(getattr(inner, name))
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(500):
+            found.append(torch.equal(other(getattr(inner, name)), expected))
+        is_over.set()
+        thread.join()
+    assert all(found)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])

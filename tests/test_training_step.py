@@ -248,9 +248,13 @@ def test_a_tied_table_is_not_read_while_a_head_has_its_delta_in_it(
     expected, found = table(ids), []
     thread = threading.Thread(target=lambda: found.append(table(ids)))
     weight = head.get_base_layer().weight
-    with with_delta(weight, torch.arange(24), torch.ones(24)):
+
+    def look(merged: torch.Tensor) -> torch.Tensor:
         thread.start()
         thread.join(0.05)
+        return merged
+
+    with_delta(weight, torch.arange(24), torch.ones(24), look)
     thread.join()
     assert torch.equal(found[0], expected)
 
@@ -264,16 +268,21 @@ def test_one_lock_per_weight_keeps_threads_apart():
     weight, indices = torch.zeros(4), torch.tensor([1])
     entered, errors = threading.Event(), []
 
-    def work():
-        with with_delta(weight, indices, torch.ones(1)) as merged:
-            entered.set()
-            if merged[1] != 1:
-                errors.append(merged.clone())
+    def enter(merged):
+        entered.set()
+        if merged[1] != 1:
+            errors.append(merged.clone())
+        return merged
 
-    with with_delta(weight, indices, torch.full((1,), 5.0)):
-        thread = threading.Thread(target=work)
+    def wait(merged):
         thread.start()
         assert not entered.wait(0.05)
+        return merged
+
+    thread = threading.Thread(
+        target=with_delta, args=(weight, indices, torch.ones(1), enter)
+    )
+    with_delta(weight, indices, torch.full((1,), 5.0), wait)
     thread.join()
     assert entered.is_set()
     assert not errors

@@ -18,6 +18,7 @@ from peft_ird.layers.merging import is_low_precision
 from peft_ird.layers.quantized import is_quantized, parameter_of
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows, rows_of
+from peft_ird.sparse.lending import unlent
 from peft_ird.sparse.linear import linear
 from peft_ird.sparse.ops import add_deltas
 from peft_ird.sparse.separate import linear_and_product, plus_product
@@ -34,6 +35,9 @@ __all__ = [
     "TransposedLinear",
     "wrap",
 ]
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class CustomEmbedding(Affine):
@@ -126,12 +130,21 @@ class Linear(Affine):
         return (
             weight.dtype in {torch.float32, torch.float64}
             and x.dtype == weight.dtype
-            and type(weight) in {Tensor, nn.Parameter}
+            and type(weight) in _PLAIN
             and not weight.requires_grad
             and "forward" not in base.__dict__
             and self._is_alone()
             and not is_autocast(x.device.type)
         )
+
+    def _run_base(self, x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        weight: Any = getattr(base, "weight", None)
+        is_own = type(weight) in _PLAIN and "forward" not in vars(base)
+        if torch.compiler.is_compiling() or not is_own:
+            return super()._run_base(x)
+        with unlent(weight):
+            return super()._run_base(x)
 
     def _is_one_product(self, deltas: Deltas, x: Tensor) -> bool:
         """Return whether one operator can be base layer and delta."""
@@ -142,7 +155,7 @@ class Linear(Affine):
         frozen = [weight] if bias is None else [weight, bias]
         return (
             "forward" not in base.__dict__
-            and type(weight) in {Tensor, nn.Parameter}
+            and type(weight) in _PLAIN
             and not any(each.requires_grad for each in frozen)
             and all(each.dtype == x.dtype for each in frozen)
             and not is_autocast(x.device.type)

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows
+from peft_ird.sparse.lending import unlent
 
 __all__ = ["Lookups"]
 
@@ -54,14 +55,17 @@ class Lookups(TorchFunctionMode):
             given.apply_defaults()
             if given.arguments["weight"] is table and _is_plain(given.arguments):
                 return self._looked_up(**given.arguments)
-        is_attribute = getattr(func, "__name__", "") == "__get__"
-        if not is_attribute and any(t is table for t in tree_leaves((args, kwargs))):
+        result = func(*args, **kwargs)
+        is_fact = getattr(func, "__name__", "") == "__get__"  # shape, device and such
+        is_fact = is_fact and not isinstance(result, Tensor)
+        if not is_fact and any(t is table for t in tree_leaves((args, kwargs))):
             self._is_read = True
-        return func(*args, **kwargs)
+        return result
 
     def _looked_up(self, **given: Any) -> Any:
         self._is_used = True
-        y = F.embedding(**given)
+        with unlent(given["weight"]):
+            y = F.embedding(**given)
         padding = given["padding_idx"]
         if padding is not None:
             padding %= len(given["weight"])

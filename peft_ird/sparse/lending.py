@@ -1,9 +1,10 @@
 """A weight that has a delta in it for a moment."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,18 @@ __all__ = ["unlent", "with_delta"]
 # Large tensors start at one place in their pages, which a prime number spreads.
 _LOCKS = tuple(threading.Lock() for _ in range(61))
 _ALIGNMENT = 64
+_HALVES = (torch.bfloat16, torch.float16)
 # weight -> its address, and whether memory that is not torch's own is private there
 _PRIVATE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-@contextmanager
-def with_delta(weight: Tensor, indices: Tensor, values: Tensor) -> Iterator[Tensor]:
-    """Write a delta into a weight; every bit is put back, whatever happens inside.
+def with_delta(
+    weight: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    compute: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Compute with a delta in a weight; every bit is put back, whatever happens inside.
 
     Memory that other processes see, or that cannot be written to, is left alone: they
     get no lock. There, where flat positions are not those in memory, and where torch
@@ -32,35 +38,35 @@ def with_delta(weight: Tensor, indices: Tensor, values: Tensor) -> Iterator[Tens
         weight: The weight; autograd does not notice what is done to it.
         indices: Distinct flat positions. Shape ``[k]``, integer.
         values: What is added there. Shape ``[k]``, floating point.
+        compute: Gets the weight with the delta, for use inside only.
 
-    Yields:
-        The weight with the delta, for use inside only.
+    Returns:
+        What ``compute`` does.
     """
     lent, added = weight.data, values.detach().to(weight.dtype)
     if not (_is_lendable(lent) and _is_private(weight)):
         lent = lent.clone(memory_format=torch.contiguous_format)
         lent.view(-1).index_add_(0, indices, added)
-        yield lent
-        return
+        return compute(lent)
     flat = lent.view(-1)
     with _lock(lent):
         kept = flat.index_select(0, indices)
         try:
             flat.index_add_(0, indices, added)
-            yield lent
+            return compute(lent)
         finally:
             flat[indices] = kept
 
 
-@contextmanager
-def unlent(weight: Tensor) -> Iterator[None]:
+def unlent(weight: Tensor) -> AbstractContextManager[Any]:
     """Keep deltas of other threads out of a weight.
+
+    Weights in 16 bits have none, unless that way is forced on all threads.
 
     Args:
         weight: The weight, for reading.
     """
-    with _lock(weight):
-        yield
+    return nullcontext() if weight.dtype in _HALVES else _lock(weight)
 
 
 def _is_lendable(weight: Tensor) -> bool:

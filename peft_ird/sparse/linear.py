@@ -9,6 +9,7 @@ Shapes: ``o`` outputs, ``i`` inputs, ``k`` entries. A transposed weight, as of
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from peft_ird.sparse.support import Support
 from peft_ird.sparse.values import kept, support_of, value_gradient
 from peft_ird.sparse.ways import gradient_in_force
 
-__all__ = ["affine", "linear"]
+__all__ = ["affine", "input_gradient", "linear"]
 
 
 def linear(
@@ -66,8 +67,8 @@ def _compute(
     method: str,  # noqa: ARG001
     is_transposed: bool,
 ) -> Tensor:
-    with with_delta(weight, indices, values) as merged:
-        return affine(x, merged, bias, is_transposed)
+    run = partial(affine, x, bias=bias, is_transposed=is_transposed)
+    return with_delta(weight, indices, values, run)
 
 
 def affine(
@@ -81,6 +82,11 @@ def affine(
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
+def input_gradient(grad: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
+    """Return the gradient of the layer's input; shapes as for `linear`."""
+    return grad @ (weight.t() if is_transposed else weight)
+
+
 def _fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1 if others[-1] else 0])
 
@@ -88,8 +94,8 @@ def _fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
 def _compute_input_gradient(
     grad: Tensor, weight: Tensor, values: Tensor, indices: Tensor, is_transposed: bool
 ) -> Tensor:
-    with with_delta(weight, indices, values) as merged:
-        return grad @ (merged.t() if is_transposed else merged)
+    run = partial(input_gradient, grad, is_transposed=is_transposed)
+    return with_delta(weight, indices, values, run)
 
 
 def _fake_input_gradient(grad: Tensor, weight: Tensor, *others: Any) -> Tensor:

@@ -5,13 +5,15 @@ coarse to hold a small delta. Shapes as in `peft_ird.sparse.linear`.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_ird.sparse.delta import SparseDelta
-from peft_ird.sparse.linear import affine
+from peft_ird.sparse.lending import unlent
+from peft_ird.sparse.linear import affine, input_gradient
 from peft_ird.sparse.operator import Operator
 from peft_ird.sparse.products import computable
 from peft_ird.sparse.support import Support
@@ -109,7 +111,8 @@ def _compute_linear_and_product(
     method: str,  # noqa: ARG001 (for the backward pass)
     is_transposed: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = affine(x, weight, bias, is_transposed)
+    with unlent(weight):
+        y = affine(x, weight, bias, is_transposed)
     delta = _Oriented(x, values, indices, sizes, held, is_transposed)
     return y, delta.add_product_(y, x)
 
@@ -199,11 +202,13 @@ def _compute_gradients(
                 width = sizes[0 if is_transposed else 1]
                 for_x = grad.new_zeros(*grad.shape[:-1], width, dtype=dtype)
             else:
-                for_x = grad @ (weight.t() if is_transposed else weight)
+                with unlent(weight):
+                    for_x = input_gradient(grad, weight, is_transposed)
             delta.add_input_gradient_(for_x, some)
         if needs_values:
-            places = delta.places
-            for_values = entries(some, kept, values, places, method, is_transposed)
+            for_values = entries(
+                some, kept, values, delta.places, method, is_transposed
+            )
     return for_x, for_values
 
 
@@ -278,14 +283,19 @@ class _Oriented:
         is_transposed: bool,
     ) -> None:
         is_half = like.is_cuda and like.dtype in _HALVES
-        values = values.to(like.dtype) if is_half else computable(values)
-        support = Support.with_sizes(sizes, held)
-        rows, columns, self.places = support.layout(indices)
-        block = support.dense(self.places, values)
+        self._values = values.to(like.dtype) if is_half else computable(values)
+        self._support = Support.with_sizes(sizes, held)
+        self._is_transposed = is_transposed
+        rows, columns, self.places = self._support.layout(indices)
         self.inputs, self.outputs = (
             (rows, columns) if is_transposed else (columns, rows)
         )
-        self.block = block if is_transposed else block.t()
+
+    @cached_property
+    def block(self) -> Tensor:
+        """The delta on used inputs and outputs. Shape ``[inputs, outputs]``."""
+        block = self._support.dense(self.places, self._values)
+        return block if self._is_transposed else block.t()
 
     def add_product_(self, y: Tensor, x: Tensor) -> Tensor:
         """Add the product of an input and the block to an output.

@@ -54,12 +54,14 @@ class Support:
         gradient: One of `METHODS`.
         held: The layout's parts, one after the other, on a GPU. Shape ``[r + c + k]``,
             int32, or int64 past 2^31 entries. Else None.
+        kind: The type of device that the indices were on.
     """
 
     shape: tuple[int, int]
     block: tuple[int, int]
     gradient: str = "block"
     held: Tensor | None = None
+    kind: str = "cpu"
 
     @classmethod
     def of(cls, indices: Tensor, shape: torch.Size, dtype: torch.dtype) -> "Support":
@@ -71,9 +73,10 @@ class Support:
             dtype: Type of the inputs and of the output's gradient.
         """
         height, width = shape
+        kind = indices.device.type
         if indices.is_meta or not len(indices):
-            return cls((height, width), (height, width))
-        multiple = _MULTIPLE.get(indices.device.type, 1)
+            return cls((height, width), (height, width), kind=kind)
+        multiple = _MULTIPLE.get(kind, 1)
         block = [
             _count(numbers, size, multiple)
             for numbers, size in zip(_divided(indices, width), shape, strict=True)
@@ -81,10 +84,10 @@ class Support:
         found = cls((height, width), (block[0], block[1]))
         method = cheapest(found.block, len(indices), indices.device, dtype)
         held = None
-        if indices.device.type in _HOLDING:
+        if kind in _HOLDING:
             held = torch.cat(found.layout(indices))
             held = held.int() if shape.numel() < 1 << 31 else held
-        return cls(found.shape, found.block, method, held)
+        return cls(found.shape, found.block, method, held, kind)
 
     @classmethod
     def with_sizes(cls, sizes: Sequence[int], held: Tensor | None) -> "Support":
@@ -99,9 +102,9 @@ class Support:
 
     def is_for(self, device: torch.device) -> bool:
         """Return whether it serves indices on a device."""
-        if self.held is None:
-            return device.type not in _HOLDING
-        return self.held.device == device
+        if self.held is not None:
+            return self.held.device == device
+        return self.kind == device.type
 
     def layout(self, indices: Tensor) -> Layout:
         """Return where entries are.
