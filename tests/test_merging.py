@@ -98,7 +98,7 @@ class NoWholeWeight(TorchDispatchMode):
     """Fails on every operation that reads or makes as much as a weight has."""
 
     # These touch the entries that they are given, or nothing.
-    SPARSE = ("index", "index_put_", "detach", "alias", "view")
+    SPARSE = ("alias", "detach", "index", "index_select", "scatter_", "view")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

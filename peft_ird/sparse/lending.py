@@ -48,14 +48,14 @@ def with_delta(
         lent = lent.clone(memory_format=torch.contiguous_format)
         lent.view(-1).index_add_(0, indices, added)
         return compute(lent)
-    flat = lent.view(-1)
+    flat, where = lent.view(-1), indices.long()
     with _lock(lent):
-        kept = flat.index_select(0, indices)
+        kept = flat.index_select(0, where)
         try:
-            flat.index_add_(0, indices, added)
+            flat.index_add_(0, where, added)
             return compute(lent)
-        finally:
-            flat[indices] = kept
+        finally:  # by one thread: to wake the others takes longer
+            flat.scatter_(0, where, kept)
 
 
 def unlent(weight: Tensor) -> AbstractContextManager[Any]:

@@ -59,7 +59,7 @@ def gather(tensor: Tensor, indices: Tensor) -> Tensor:
         A copy of the entries. Shape ``[k]``, dtype of ``tensor``.
     """
     if tensor.is_contiguous():
-        return tensor.view(-1)[indices.long()]
+        return tensor.view(-1).index_select(0, indices)
     return tensor[_position(tensor, indices)]
 
 
@@ -72,7 +72,7 @@ def scatter_(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
         values: New entries. Shape ``[k]``, dtype of ``tensor``.
     """
     if tensor.is_contiguous():
-        tensor.view(-1)[indices.long()] = values
+        tensor.view(-1).scatter_(0, indices.long(), values)
     else:
         tensor[_position(tensor, indices)] = values
 

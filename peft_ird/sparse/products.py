@@ -48,7 +48,7 @@ def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     step = max(1, tile // max(1, width * torch.float32.itemsize))
     if rows <= step and width < rows and not left.is_cuda:
         # faster with few rows than with few columns
-        return _product(right, left).t().flatten()[places]
+        return _product(right, left).t().flatten().index_select(0, places)
     if rows <= step:
         return _product(left, right).flatten().index_select(0, places)
     starts = range(0, rows, step)
@@ -56,9 +56,9 @@ def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
     bounds *= width
     ends = torch.searchsorted(places, bounds).tolist()
     found = [
-        _product(left[:, start : start + step], right).flatten()[
-            places[first:last] - start * width
-        ]
+        _product(left[:, start : start + step], right)
+        .flatten()
+        .index_select(0, places[first:last] - start * width)
         for start, first, last in zip(starts, ends[:-1], ends[1:], strict=True)
         if first < last
     ]
