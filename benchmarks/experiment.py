@@ -24,7 +24,15 @@ try:
 except ModuleNotFoundError:  # before Python 3.11
     import tomli as tomllib
 
-__all__ = ["Experiment", "Job", "Result", "best_rate", "load_results", "next_rates"]
+__all__ = [
+    "MAX_LENGTH",
+    "Experiment",
+    "Job",
+    "Result",
+    "best_rate",
+    "load_results",
+    "next_rates",
+]
 
 FOLDER = RESULTS / "glue"
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"

@@ -69,8 +69,8 @@ def _in_order(shares: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _largest(shares: Mapping[str, Mapping[str, float]]) -> list[str]:
     names = {name for each in shares.values() for name in each}
-    by_size = sorted(names, key=lambda n: -max(e.get(n, 0) for e in shares.values()))
-    return by_size[:MOST_KINDS]
+    most = {name: max(e.get(name, 0) for e in shares.values()) for name in names}
+    return sorted(names, key=lambda name: (-most[name], name))[:MOST_KINDS]
 
 
 def _draw_shares(

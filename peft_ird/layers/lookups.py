@@ -56,8 +56,8 @@ class Lookups(TorchFunctionMode):
             if given.arguments["weight"] is table and _is_plain(given.arguments):
                 return self._looked_up(**given.arguments)
         result = func(*args, **kwargs)
-        is_fact = getattr(func, "__name__", "") == "__get__"  # shape, device and such
-        is_fact = is_fact and not isinstance(result, Tensor)
+        is_attribute = getattr(func, "__name__", "") == "__get__"
+        is_fact = is_attribute and not isinstance(result, Tensor)  # shape and such
         if not is_fact and any(t is table for t in tree_leaves((args, kwargs))):
             self._is_read = True
         return result

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peft_ird.sparse.products import HALVES
+
 __all__ = ["unlent", "with_delta"]
 
 # Threads that use one weight wait for each other; a weight finds its lock by address.
 # Large tensors start at one place in their pages, which a prime number spreads.
 _LOCKS = tuple(threading.Lock() for _ in range(61))
 _ALIGNMENT = 64
-_HALVES = (torch.bfloat16, torch.float16)
 # weight -> its address, and whether memory that is not torch's own is private there
 _PRIVATE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -66,7 +67,7 @@ def unlent(weight: Tensor) -> AbstractContextManager[Any]:
     Args:
         weight: The weight, for reading.
     """
-    return nullcontext() if weight.dtype in _HALVES else _lock(weight)
+    return nullcontext() if weight.dtype in HALVES else _lock(weight)
 
 
 def _is_lendable(weight: Tensor) -> bool:

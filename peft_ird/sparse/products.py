@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "HALVES",
     "METHODS",
     "Sampling",
     "available",
@@ -26,6 +27,7 @@ __all__ = [
     "turned",
 ]
 
+HALVES = (torch.bfloat16, torch.float16)
 # A tile of the product stays in the cache until its entries are read.
 _TILE_BYTES = 4 << 20
 _GPU_TILE_BYTES = 256 << 20  # a GPU wants to be busy
@@ -196,8 +198,7 @@ def _warn_of_nothing() -> None:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     # Under autocast the two may differ: outputs are low, inputs may be float32.
-    halves = {torch.bfloat16, torch.float16}
-    if left.is_cuda and left.dtype == right.dtype and left.dtype in halves:
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in HALVES:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return computable(left).t() @ computable(right)
 

@@ -15,14 +15,12 @@ from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.lending import unlent
 from peft_ird.sparse.linear import affine, input_gradient
 from peft_ird.sparse.operator import Operator
-from peft_ird.sparse.products import computable
+from peft_ird.sparse.products import HALVES, computable
 from peft_ird.sparse.support import Support
 from peft_ird.sparse.values import entries, support_of, taken, without_autocast
 from peft_ird.sparse.ways import gradient_in_force, is_autocast
 
 __all__ = ["linear_and_product", "plus_product"]
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 def plus_product(
@@ -282,7 +280,7 @@ class _Oriented:
         held: Tensor | None,
         is_transposed: bool,
     ) -> None:
-        is_half = like.is_cuda and like.dtype in _HALVES
+        is_half = like.is_cuda and like.dtype in HALVES
         self._values = values.to(like.dtype) if is_half else computable(values)
         self._support = Support.with_sizes(sizes, held)
         self._is_transposed = is_transposed
