@@ -71,7 +71,8 @@ class Decrease:
             yield self._by_gradient(cells[0], count)
             return
         candidates = len(self.estimator.pool)
-        counts = [*(rounded(candidates, cell.density) for cell in cells[:-1]), count]
+        counts = [max(count, rounded(candidates, c.density)) for c in cells[:-1]]
+        counts.append(count)
         for number, (cell, wanted) in enumerate(zip(cells, counts, strict=True)):
             start = time.perf_counter()
             has_fewer_samples = cell.num_samples < len(self.samples)

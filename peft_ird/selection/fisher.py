@@ -161,7 +161,9 @@ class FisherEstimator:
             ValueError: If a loss or gradient is not finite, labels are missing or out
                 of range, or a parameter gets no gradient from any sample.
         """
-        return self._means(samples, SquareSum, "Fisher information")
+        means = self._means(samples, SquareSum, "Fisher information")
+        # Rounding can take an entry that two uses cancel in below zero.
+        return ((part, mean.clamp_min_(0)) for part, mean in means)
 
     def mean_gradient(self, samples: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield the gradient of the mean loss, as `fisher` does."""
@@ -184,8 +186,7 @@ class FisherEstimator:
                     is_last = group is self._groups[-1]
                     self._check_used(every if is_last else (), total.seen)
                 for part in parts:
-                    mean = total.totals.pop(part).div_(len(samples))
-                    yield part, mean.to(self.pool.dtype)
+                    yield part, _mean(total.totals.pop(part), len(samples), self.pool)
 
     def _summed(
         self,
@@ -296,9 +297,10 @@ class FisherEstimator:
         known: dict[int, float] = {}
         for losses in self._ranks.gather(self._engine.losses):
             known.update(losses)
-        for position in samples:
-            if position not in known:
-                known[position] = self._engine.singles.gradients(position, [0])[0]
+        with self._engine.raising_together():
+            for position in samples:
+                if position not in known:
+                    known[position] = self._engine.singles.gradients(position, [0])[0]
         return torch.tensor([known[s] for s in samples], dtype=torch.float64)
 
     def unlabelled(self) -> set[int]:
@@ -315,13 +317,14 @@ class FisherEstimator:
             Shape ``[len(samples)]``, float64.
         """
         singles = self._engine.singles
-        loaded = [singles.sample(position, is_cut=True) for position in samples]
+        with self._engine.raising_together():
+            loaded = [singles.sample(position, is_cut=True) for position in samples]
         return torch.tensor([s.unmasked or 1 for s in loaded], dtype=torch.float64)
 
     def _where(self, entries: Sequence[Tensor]) -> dict[int, Where]:
         pairs = enumerate(zip(entries, self.pool.parameters, strict=True))
         return {
-            part: Where(flat.to(parameter.device), _as_matrix(parameter.shape))
+            part: Where(flat.to(parameter.device), parameter.shape)
             for part, (flat, parameter) in pairs
             if flat.numel()
         }
@@ -353,6 +356,5 @@ class FisherEstimator:
             )
 
 
-def _as_matrix(shape: torch.Size) -> torch.Size:
-    """Return the shape of a convolution's weight as that of a matrix."""
-    return shape if len(shape) < 3 else torch.Size((shape[0], shape[1:].numel()))
+def _mean(total: Tensor, count: int, pool: Pool) -> Tensor:
+    return total.div_(count).to(pool.dtype)

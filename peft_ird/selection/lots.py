@@ -10,6 +10,7 @@ from peft_ird.selection.settings import Settings
 
 __all__ = ["Lots"]
 
+_CHUNK = 1 << 20  # entries at a time: keys take no memory but their own
 _NEVER = -1e9  # the key of what has no weight; chance decides between such
 Stream = Iterable[tuple[int, Tensor]]
 
@@ -64,11 +65,13 @@ class Lots:
             times = self._times(part)
             if positions is not None:
                 times = times[positions[part].cpu()]
-            noise = times.log_().to(scores.device)
-            keys = scores.to(torch.float64, copy=True).log_().div_(self.temperature)
-            keys.clamp_min_(_NEVER)
-            keys = keys.sub_(noise) if largest else keys.add_(noise)
-            del times, noise
+            keys = times.log_().to(scores.device)
+            del times
+            if largest:
+                keys.neg_()
+            for some, of in zip(keys.split(_CHUNK), scores.split(_CHUNK), strict=True):
+                weights = of.to(torch.float64, copy=True).log_()
+                some.add_(weights.div_(self.temperature).clamp_min_(_NEVER))
             yield part, keys
 
     def _times(self, part: int) -> Tensor:

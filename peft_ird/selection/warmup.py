@@ -67,17 +67,18 @@ def _train(
         for p in head
     ]
     optimizer = torch.optim.Adam(masters, lr=learning_rate)
-    for positions in _draws(available, steps, seed):
-        total = torch.zeros((), device=head[0].device)
-        for batch in engine.batches(positions):
-            total = total + engine.loss(batch).to(total.device)
-        loss = total / len(positions)
-        gradients = torch.autograd.grad(loss, head, allow_unused=True)
-        for master, gradient in zip(masters, gradients, strict=True):
-            master.grad = None if gradient is None else gradient.to(master.dtype)
-        optimizer.step()
-        for parameter, master in zip(head, masters, strict=True):
-            parameter.data.copy_(master)
+    with engine.raising_together():
+        for positions in _draws(available, steps, seed):
+            total = torch.zeros((), device=head[0].device)
+            for batch in engine.batches(positions):
+                total = total + engine.loss(batch).to(total.device)
+            loss = total / len(positions)
+            gradients = torch.autograd.grad(loss, head, allow_unused=True)
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = None if gradient is None else gradient.to(master.dtype)
+            optimizer.step()
+            for parameter, master in zip(head, masters, strict=True):
+                parameter.data.copy_(master)
     engine.ranks.copy_from_first(parameter.data for parameter in head)
 
 

@@ -100,7 +100,7 @@ def convolution(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias = given["input"], given["weight"], given["bias"]
     if recorder.number(weight) is None and recorder.number(bias) is None:
         return NotImplemented
-    if x.ndim != weight.ndim or not recorder.splits(x):
+    if x.ndim != weight.ndim or not recorder.splits(x) or recorder.is_known(x):
         return NotImplemented
     sides = x.ndim - 2
     padding = 0 if given["padding"] == "valid" else given["padding"]

@@ -60,7 +60,7 @@ def broadcast(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     if len(shape) == other.ndim and len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     fits = other.ndim > len(shape) and recorder.splits(other) and other.numel() > 0
-    if numbers[1 - position] is not None or not fits:
+    if recorder.is_known(other) or not fits:
         return NotImplemented
     if torch.broadcast_shapes(shape, other.shape) != other.shape:
         return NotImplemented
@@ -71,10 +71,9 @@ def broadcast(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
 
 def expand(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """Give each sample a copy of a parameter that is expanded to a batch."""
-    parameter = args[0]
-    if recorder.number(parameter) is None or kwargs:
+    if not args or recorder.number(args[0]) is None or kwargs:
         return NotImplemented
-    result: Tensor = func(*args)
+    parameter, result = args[0], func(*args)
     own = parameter.ndim
     if own == result.ndim and own > 0 and parameter.shape[0] == 1:
         own -= 1
@@ -86,6 +85,8 @@ def expand(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
 
 def repeat(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
     """As `expand`, for a parameter that is repeated once for each sample."""
+    if not args:
+        return NotImplemented
     parameter, *times = args
     times = times[0] if len(times) == 1 and not isinstance(times[0], int) else times
     if recorder.number(parameter) is None or kwargs or {*times[1:]} != {1}:

@@ -63,7 +63,7 @@ class Engine:
         if self._outcome is None:
             groups = list(self._groups(range(len(self._pool.sizes))))
             trial = Trial(self.together, groups, self._limits.batch_size)
-            with self._raising_together():
+            with self.raising_together():
                 outcome = trial.outcome(samples)
             outcome = outcome.agreed(self.ranks.gather(outcome))
             self._share_scale()
@@ -110,7 +110,7 @@ class Engine:
         misfits: frozenset[int] = frozenset()
         together = [part for part in parts if part not in outcome.alone]
         alone = [part for part in parts if part in outcome.alone]
-        with self._raising_together():
+        with self.raising_together():
             self.kept.replay(samples, together, statistic)
         rest = [s for s in samples if s not in self.kept.everywhere]
         total = len(rest) * bool(together) + len(samples) * bool(alone)
@@ -118,7 +118,7 @@ class Engine:
             return True
         hidden = True if self.ranks.rank else None
         with (
-            self._raising_together(),
+            self.raising_together(),
             tqdm(total=total, desc=title, leave=False, disable=hidden) as bar,
         ):
             for batch in self._share(self.batches(rest)) if together else ():
@@ -155,11 +155,12 @@ class Engine:
         misfits: frozenset[int] = frozenset()
         parts = range(len(self._pool.sizes))
         together = [part for part in parts if part not in outcome.alone]
-        fitting = list(self._fitting(samples, outcome)) if together else []
+        with self.raising_together():
+            fitting = list(self._fitting(samples, outcome)) if together else []
         total = sum(map(len, fitting))
         hidden = True if self.ranks.rank or not total else None
         with (
-            self._raising_together(),
+            self.raising_together(),
             tqdm(total=total, desc="Gradients", leave=False, disable=hidden) as bar,
         ):
             for batch in self._share(fitting):
@@ -226,7 +227,7 @@ class Engine:
         return self.ranks.share(work, costs)
 
     @contextmanager
-    def _raising_together(self) -> Iterator[None]:
+    def raising_together(self) -> Iterator[None]:
         """Raise an error on all processes, so that none waits for one that failed."""
         error: Exception | None = None
         try:
@@ -252,8 +253,16 @@ class Engine:
 
         Args:
             batch: One of `batches`.
+
+        Raises:
+            ValueError: If a sample's loss is not finite.
         """
-        return self.together.run(batch, (), lambda *_: None).loss
+        try:
+            return self.together.run(batch, (), lambda *_: None).loss
+        except FloatingPointError:
+            positions = [sample.position for sample in batch]
+            self.name_what_is_not_finite(positions, range(len(self._pool.sizes)))
+            raise
 
     def _run_batch(
         self, batch: Sequence[Sample], parts: Sequence[int], statistic: Statistic

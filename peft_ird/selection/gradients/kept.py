@@ -7,7 +7,7 @@ from torch import Tensor
 from peft_ird.selection.gradients.forms import SampleGradients
 from peft_ird.selection.gradients.statistics import Statistic
 
-__all__ = ["KeptGradients"]
+__all__ = ["KeptGradients", "holds_more"]
 
 
 class KeptGradients:
@@ -70,6 +70,15 @@ class KeptGradients:
                     statistic.update(part, batch.gradients[part], rows, positions)
 
 
+def holds_more(tensor: Tensor) -> bool:
+    """Return whether a tensor keeps far more memory than its own alive."""
+    return tensor.untyped_storage().nbytes() > 2 * tensor.nbytes
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone() if holds_more(tensor) else tensor
+
+
 class _Batch:
     """A statistic that keeps the gradients themselves."""
 
@@ -98,9 +107,15 @@ class _Batch:
             self.gradients[part] = gradients.only(rows, pick)
         self.positions = tuple(self.positions[n] for n in rows)
 
-    def update(self, part: int, gradients: SampleGradients, *_: Sequence[int]) -> None:
+    def update(
+        self,
+        part: int,
+        gradients: SampleGradients,
+        rows: Sequence[int],
+        positions: Sequence[int],  # noqa: ARG002 (the interface)
+    ) -> None:
         """See `Statistic`."""
-        self.gradients[part] = gradients
+        self.gradients[part] = gradients.only(rows, _own)
 
     def tensors(self) -> list[Tensor]:
         """See `Statistic`."""

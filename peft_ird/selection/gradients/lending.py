@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_ird.selection.randomness import seeded_devices
 
 __all__ = ["borrowed", "requiring_grad"]
+
+_SMALL_BYTES = 1 << 20  # buffers of that size are copied beforehand
 
 # Of configurations. The first forward sets one of them; without the other, outputs are
 # tuples; caches are of no use; and a grouped product mixes the rows of samples.
@@ -22,8 +24,9 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 
     Inside, the model is in eval mode, every parameter is frozen and outputs have names.
     Modes, ``requires_grad``, ``grad``, options, the random state and what a forward
-    replaces (as buffers of some rotary embeddings at another length, or a state) are
-    restored, also on errors.
+    replaces (as buffers of some rotary embeddings at another length, or a state) or
+    writes to (small buffers, and embeddings with a ``max_norm``) are restored, also on
+    errors; outputs that it keeps on itself go.
 
     Args:
         model: The model.
@@ -31,6 +34,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     states = [(m, dict(m._buffers), _state(m)) for m in model.modules()]
+    written = [(tensor, tensor._version, tensor.clone()) for tensor in _writable(model)]
     is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     has_cudnn = torch.backends.cudnn.enabled
     with (
@@ -53,7 +57,18 @@ def borrowed(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             for module, buffers, state in states:
                 module._buffers.update(buffers)
+                for name, value in _state(module).items():
+                    # Flags of what was set up may stay, a graph may not.
+                    if (
+                        name not in state
+                        and getattr(value, "grad_fn", None) is not None
+                    ):
+                        del module.__dict__[name]
                 module.__dict__.update(state)
+            for tensor, version, before in written:
+                if tensor._version != version:
+                    with torch.no_grad():
+                        tensor.copy_(before)
             torch.backends.cudnn.enabled = has_cudnn
 
 
@@ -86,6 +101,18 @@ def _state(module: nn.Module) -> dict[str, Any]:
     """Return a module's tensors, and numbers, which may say what buffers are for."""
     kinds = (int, float, torch.Tensor, type(None))
     return {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
+
+
+def _writable(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what a forward in eval mode might write to, as far as it can be copied."""
+    small = (b for b in model.buffers() if b.nbytes <= _SMALL_BYTES)
+    limited = (
+        module.weight.detach()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.max_norm is not None
+    )
+    yield from (t for t in (*small, *limited) if not t.is_inference())
 
 
 @contextmanager

@@ -58,12 +58,13 @@ class Limits:
             ValueError: If ``memory_limit`` is too small for the largest parameter.
         """
         tokens = _TOKENS.get(pool.device.type, _TOKENS["cuda"])
+        ranks = ranks or Ranks()
         if memory_limit is None and pool.device.type == "cuda":
-            free = (ranks or Ranks()).gather(torch.cuda.mem_get_info(pool.device)[0])
+            free = ranks.gather(torch.cuda.mem_get_info(pool.device)[0])
             sums, quarter = min(free) // 2, min(free) // 4
             return cls(tokens, batch_size, sums, quarter, min(_MOST_KEPT, quarter))
         if memory_limit is None:
-            kept = min(_MOST_KEPT, _memory() // 4)
+            kept = min(_MOST_KEPT, min(ranks.gather(_memory())) // 4)
             return cls(tokens, batch_size, _UNLIMITED, None, kept)
         largest = max(pool.sizes) * ACCUMULATOR_BYTES
         if 2 * largest > memory_limit:

@@ -16,6 +16,9 @@ from peft_ird.selection.gradients.signatures import bind
 
 __all__ = ["LOSSES"]
 
+# Their means are over all elements, whatever these weigh.
+_OVER_ALL = {F.binary_cross_entropy, F.binary_cross_entropy_with_logits}
+
 
 def _mean_loss(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """Replace a mean over the batch by the sum of the means over each sample."""
@@ -41,7 +44,9 @@ def _row_means(
     target = given["target"]
     is_ignored = "ignore_index" in given and (target == given["ignore_index"]).any()
     rows = given["input"].shape[0]
-    if rows != recorder.size or given.get("weight") is not None or is_ignored:
+    has_weight = given.get("weight") is not None
+    is_weighted = has_weight and func not in _OVER_ALL
+    if rows != recorder.size or is_weighted or is_ignored:
         return None
     losses: Tensor = func(**{**given, "reduction": "none"})
     recorder.note_labels([True] * recorder.size)
@@ -52,8 +57,8 @@ def _piece_means(recorder: Recorder, func: Any, given: Mapping[str, Any]) -> Ten
     """Return the samples' losses, each a mean of its own; over no label it is zero."""
     pair = given["input"], given["target"]
     sources, targets = (t.split(t.shape[0] // recorder.size) for t in pair)
-    ignored = given.get("ignore_index", torch.nan)  # no label is equal to NaN
-    is_labelled = torch.stack([target.ne(ignored).any() for target in targets]).tolist()
+    counts = [_counted(given, target).any() for target in targets]
+    is_labelled = torch.stack(counts).tolist()
     recorder.note_labels(is_labelled)
     return torch.stack(
         [
@@ -62,6 +67,17 @@ def _piece_means(recorder: Recorder, func: Any, given: Mapping[str, Any]) -> Ten
             for x, y, is_so in zip(sources, targets, is_labelled, strict=True)
         ]
     )  # fmt: skip
+
+
+def _counted(given: Mapping[str, Any], target: Tensor) -> Tensor:
+    """Return which labels a mean is over: those neither ignored nor of weight zero."""
+    ignored, weight = given.get("ignore_index"), given.get("weight")
+    if ignored is None or target.is_floating_point():
+        return torch.ones_like(target, dtype=torch.bool)
+    is_counted = target.ne(ignored)
+    if weight is not None:
+        is_counted &= weight[target.where(is_counted, 0)].ne(0)
+    return is_counted
 
 
 LOSSES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = dict.fromkeys(

@@ -9,12 +9,31 @@ from torch import Tensor
 
 __all__ = ["Picked", "tensors"]
 
-_INDEXED = {Tensor.__getitem__, torch.index_select, Tensor.index_select,
-            torch.masked_select, Tensor.masked_select}  # fmt: skip
-_GATHERED = {torch.gather, Tensor.gather, torch.take_along_dim, Tensor.take_along_dim}
-_REPEATED = {torch.repeat_interleave, Tensor.repeat_interleave}
-_JOINED = {torch.cat, torch.concat, torch.concatenate, torch.vstack}
-_PICKING = {F.embedding, *_INDEXED, *_GATHERED, *_REPEATED, *_JOINED}
+# Functions that pick rows, and the names of their arguments.
+_INDEXED: dict[Any, tuple[str, ...]] = {
+    Tensor.__getitem__: ("input", "index"),
+    **dict.fromkeys([torch.masked_select, Tensor.masked_select], ("input", "index")),
+    **dict.fromkeys(
+        [torch.index_select, Tensor.index_select], ("input", "dim", "index")
+    ),
+}
+_GATHERED = {
+    **dict.fromkeys([torch.gather, Tensor.gather], ("input", "dim", "index")),
+    **dict.fromkeys(
+        [torch.take_along_dim, Tensor.take_along_dim], ("input", "indices", "dim")
+    ),
+}
+_REPEATED = dict.fromkeys(
+    [torch.repeat_interleave, Tensor.repeat_interleave], ("input", "repeats", "dim")
+)
+_JOINED = dict.fromkeys(
+    [torch.cat, torch.concat, torch.concatenate, torch.vstack, torch.stack],
+    ("tensors", "dim"),
+)
+_NAMES: dict[Any, tuple[str, ...]] = {
+    **_INDEXED, **_GATHERED, **_REPEATED, **_JOINED,
+    F.embedding: ("input", "weight"),
+}  # fmt: skip
 
 
 class Picked:
@@ -44,7 +63,7 @@ class Picked:
 
         They are put back into what has the shape of the result, as by ``index_add``.
         """
-        if not self._found and func not in _PICKING:  # every call comes by here
+        if not self._found and func not in _NAMES:  # every call comes by here
             return
         given = tensors((*args, *kwargs.values()))
         others = {tensor.shape for tensor in given if tensor not in self}
@@ -60,28 +79,30 @@ class Picked:
     def _is_picked(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ndim: int
     ) -> bool:
-        if func in _JOINED:
-            dim = kwargs.get("dim", *args[1:2] or (0,))
-            return dim in {0, -ndim} and not self._is_one_each(args[0])
-        if func in _GATHERED:
-            at = 1 if func in {torch.gather, Tensor.gather} else 2
-            dim = kwargs.get("dim", *args[at : at + 1] or (None,))
-            where = tensors((*args[1:], *kwargs.values()))[-1]
-            return dim in {0, -ndim, None} and not self._are_whole(args[0], where)
-        if func in _REPEATED:
-            return isinstance(kwargs.get("repeats", *args[1:2] or (1,)), Tensor)
-        if func is F.embedding:  # of what was computed; parameters are substituted
-            return any(tensor.requires_grad for tensor in args[1:2])
-        if func not in _INDEXED or not isinstance(args[0], Tensor):
+        if func not in _NAMES:
             return False
-        source, index = args[0], kwargs.get("index", args[-1])
+        given = {**dict(zip(_NAMES[func], args, strict=False)), **kwargs}
+        source, dim = given.get("input"), given.get("dim", 0)
+        if func in _JOINED:
+            return dim in {0, -ndim} and not self._is_one_each(given["tensors"], func)
+        if func in _REPEATED:
+            return isinstance(given.get("repeats", 1), Tensor)
+        if func is F.embedding:  # of what was computed; parameters are substituted
+            return bool(given["weight"].requires_grad)
+        if not isinstance(source, Tensor) or dim not in {0, -source.ndim, None}:
+            return False
+        if func in _GATHERED:
+            return not self._are_whole(source, given.get("index", given.get("indices")))
         if source.untyped_storage().data_ptr() in self._tables:
             return False
+        index = given.get("index", given.get("mask"))
         if isinstance(index, tuple):
             index = next((part for part in index if part is not None), None)
+        if isinstance(index, list) or hasattr(index, "__array__"):
+            index = torch.as_tensor(index)
         return isinstance(index, Tensor) and not self._in_order(source, index)
 
-    def _are_whole(self, source: Tensor, index: Tensor) -> bool:
+    def _are_whole(self, source: Tensor, index: Any) -> bool:
         """Return whether what is gathered is whole rows, sorted, of each sample."""
         if not index.numel():
             return False
@@ -89,10 +110,18 @@ class Picked:
         is_same = torch.equal(rows, rows[:, :1].expand_as(rows))
         return is_same and self._in_order(source, rows[:, 0])
 
-    def _is_one_each(self, pieces: Sequence[Tensor]) -> bool:
-        """Return whether there is one piece for each sample, all of equal length."""
+    def _is_one_each(self, pieces: Sequence[Tensor], func: Any) -> bool:
+        """Return whether there is one piece for each sample, all of equal length.
+
+        What is stacked may be anything; rows of one tensor must be in order.
+        """
+        places = [piece.storage_offset() for piece in pieces]
+        storages = {piece.untyped_storage().data_ptr() for piece in pieces}
+        if len(storages) == 1 and places != sorted(places):
+            return False
         lengths = {piece.shape[0] if piece.ndim else 0 for piece in pieces}
-        return len(pieces) == self.size and len(lengths) == 1
+        is_each = len(pieces) == self.size and len(lengths) == 1
+        return is_each or func is torch.stack
 
     def _in_order(self, source: Tensor, index: Tensor) -> bool:
         """Return whether each sample gets as many of its rows, and they stay sorted."""

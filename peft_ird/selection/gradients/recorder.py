@@ -50,7 +50,7 @@ class Recorder:
         self.rows_of_batch = rows or size
         self.widths = {1, *widths}
         self.picked = Picked(size, tables)
-        self.refused: set[int] = set()  # used in a way that hands nothing out
+        self.refused: set[int] = set()  # used in a way that hands not all out
         self.mixes_losses = False  # whether a mean had no rows of each sample
         self._labelled: dict[bool, set[int]] = {True: set(), False: set()}
         self.losses: list[Tensor] = []  # ``[n]`` for each mean that was replaced
@@ -114,7 +114,9 @@ class Recorder:
 
     def _pass_on(self, number: int) -> None:
         gradients = combine(self._found.pop(number))
-        if gradients is not None:
+        if gradients is None:
+            self.refused.add(number)
+        else:
             self._observe(number, gradients)
 
     def by_sample(self, tensor: Tensor) -> Tensor:
@@ -157,6 +159,12 @@ class Recorder:
         each, rest = divmod(tensor.shape[0] if tensor.ndim else 0, self.size)
         is_flat = tensor.ndim < 3
         return bool(each) and not rest and (not is_flat or each in self.widths)
+
+    def is_known(self, tensor: Any) -> bool:
+        """Return whether a tensor is a parameter, or stands for one."""
+        return self.number(self.flipped(tensor)) is not None or (
+            self.number(tensor) is not None
+        )
 
     def refuse(self, tensors: Iterable[Tensor]) -> None:
         """Note the parameters among the arguments of a call that was left alone."""

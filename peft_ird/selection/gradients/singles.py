@@ -50,9 +50,8 @@ class Singles:
         self.calibration = calibration
         self.fisher_type = fisher_type
         self.seed = seed
-        self.scale = (
-            1.0  # of the loss, so that low-precision gradients do not underflow
-        )
+        # Of the loss, so that low-precision gradients do not underflow.
+        self.scale = 1.0
         self.unlabelled: set[int] = set()
         self._remembered: dict[tuple[int, str], object] = {}
 

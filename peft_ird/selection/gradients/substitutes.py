@@ -38,7 +38,7 @@ class _Linear(torch.autograd.Function):
         for number in ctx.numbers:
             recorder.use(number)
         if transposed:
-            y = x @ weight if bias is None else torch.addmm(bias, x, weight)
+            y = x @ weight if bias is None else F.linear(x, weight.t(), bias)
         else:
             y = F.linear(x, weight, bias)
         return y.data  # some models write to it, which autograd forbids with views
@@ -135,40 +135,44 @@ class _LayerNorm(torch.autograd.Function):
 
 def _linear(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias = _three(args, kwargs, ("input", "weight", "bias"))
+    return _product(recorder, x, weight, bias, transposed=False)
+
+
+def _product(
+    recorder: Recorder, x: Tensor, matrix: Tensor, bias: Tensor | None, transposed: bool
+) -> Any:
+    """Replace a product of a batch with a parameter, or what is transposed of one."""
+    weight = recorder.flipped(matrix)
+    if weight is None:
+        weight = matrix
+    else:
+        transposed = not transposed
     if recorder.number(weight) is None and recorder.number(bias) is None:
         return NotImplemented
-    if x.ndim < 2 or not recorder.splits(x) or weight.ndim != 2:
+    if x.ndim < 2 or weight.ndim != 2 or not recorder.splits(x):
         return NotImplemented
-    return apply(_Linear, x, weight, bias, recorder.anchor, recorder, False)
+    if recorder.is_known(x) or (bias is not None and bias.ndim != 1):
+        return NotImplemented
+    return apply(_Linear, x, weight, bias, recorder.anchor, recorder, transposed)
 
 
 def _addmm(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
     bias, x, weight = _three(args, kwargs, ("input", "mat1", "mat2"))
-    if recorder.number(weight) is None and recorder.number(bias) is None:
+    if {"alpha", "beta", "out"} & kwargs.keys():
         return NotImplemented
-    has_factors = {"alpha", "beta", "out"} & kwargs.keys()
-    if has_factors or not recorder.splits(x) or bias.ndim != 1:
-        return NotImplemented
-    return apply(_Linear, x, weight, bias, recorder.anchor, recorder, True)
+    return _product(recorder, x, weight, bias, transposed=True)
 
 
 def _matmul(recorder: Recorder, _: Any, args: Any, kwargs: Any) -> Any:
     if len(args) != 2 or kwargs:
         return NotImplemented
     x, matrix = args
-    weight = recorder.flipped(matrix)
-    is_transposed = weight is None
-    weight = matrix if weight is None else weight
-    if recorder.number(weight) is None or weight.ndim != 2:
-        return NotImplemented
-    if x.ndim < 2 or not recorder.splits(x):
-        return NotImplemented
-    return apply(_Linear, x, weight, None, recorder.anchor, recorder, is_transposed)
+    return _product(recorder, x, matrix, None, transposed=True)
 
 
 def _transposed(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """Let a transposed matrix stand for the matrix in products."""
-    if recorder.number(args[0]) is None or args[0].ndim != 2:
+    if not args or recorder.number(args[0]) is None or args[0].ndim != 2:
         return NotImplemented
     result: Tensor = func(*args, **kwargs)
     is_same = result.shape == args[0].shape and result.stride() == args[0].stride()
@@ -201,6 +205,8 @@ def _layer_norm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if len(given["normalized_shape"]) != 1 or x.ndim < 2 or not recorder.splits(x):
         return NotImplemented
+    if recorder.is_known(x):
+        return NotImplemented
     return apply(_LayerNorm, x, weight, bias, recorder.anchor, recorder, given["eps"])
 
 
@@ -209,13 +215,15 @@ def _rms_norm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     x, weight = given["input"], given["weight"]
     if recorder.number(weight) is None or not recorder.splits(x):
         return NotImplemented
+    if recorder.is_known(x):
+        return NotImplemented
     normed = F.rms_norm(x, given["normalized_shape"], None, given["eps"])
     return broadcast(recorder, torch.mul, (normed, weight), {})
 
 
 def _converted(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """Let a parameter in another type, or on another device, stand for itself."""
-    if recorder.number(args[0]) is None:
+    if not args or recorder.number(args[0]) is None:
         return NotImplemented
     result = func(*args, **kwargs)
     return recorder.alias(args[0], result) if result.is_floating_point() else result

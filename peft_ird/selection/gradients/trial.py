@@ -1,9 +1,9 @@
 """Some samples through the model, together and alone: what is exact in batches."""
 
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -12,23 +12,25 @@ from torch.autograd.graph import saved_tensors_hooks
 from peft_ird.selection.gradients.batching import Sample
 from peft_ird.selection.gradients.dense import Dense
 from peft_ird.selection.gradients.forms import SampleGradients
+from peft_ird.selection.gradients.kept import holds_more
 from peft_ird.selection.gradients.pairs import telling_pairs
 from peft_ird.selection.gradients.together import Together, size_of
+from peft_ird.selection.gradients.where import Where
 
 __all__ = ["Outcome", "Trial"]
 
 logger = logging.getLogger(__name__)
 
-# Relative difference of squared norms up to which batch and single sample agree. What
-# a norm may be off on top is the noise, a share of the largest norm of any parameter.
-_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
-_ROUGH_AGREEMENT = 0.2
-_NOISE = {torch.float64: 1e-16}
-_ROUGH_NOISE = 1e-8
-# The same of losses, which may be computed in the type of the parameters.
-_LOSS_AGREEMENT = 1e-3
-_ROUGH_LOSS_AGREEMENT = 0.05
-_HALVES = (torch.bfloat16, torch.float16)
+# Relative difference up to which batch and single sample agree: of squared norms, of
+# a row of the gradient, whose own error a norm would hardly show, and of losses, which
+# may be computed in the type of the parameters. What a squared norm may be off on top
+# is the noise, a share of the largest one of any parameter.
+_DOUBLE = {"norm": 1e-6, "row": 1e-6, "loss": 1e-6, "noise": 1e-16}
+_SINGLE = {"norm": 2e-4, "row": 5e-5, "loss": 1e-5, "noise": 1e-13}
+_ROUNDED = {"norm": 1e-3, "row": 1e-2, "loss": 1e-3, "noise": 1e-8}
+_HALF = {"norm": 0.2, "row": math.inf, "loss": 0.05, "noise": 1e-8}
+_TINY = 1e-300
+_MOST_SILENT = 64  # samples without a gradient that others are tried instead of
 _LOOKED_AT = 64  # samples at a time that pairs are chosen from
 
 
@@ -84,11 +86,22 @@ class _Pair:
         losses: Their losses, ``[n]``, float64.
         norms: Squared norms of their gradients, ``[n, parameters]``, float64; NaN where
             there is no gradient.
+        rows: For each parameter with a gradient where its largest row is, and that row
+            of each sample, ``[n, columns]``.
     """
 
     samples: Sequence[Sample]
     losses: Tensor
     norms: Tensor
+    rows: Mapping[int, tuple[Where, Tensor]]
+
+    @property
+    def silent(self) -> set[int]:
+        """Positions of the samples that have no gradient but zeros."""
+        is_silent = self.norms.nan_to_num().eq(0).all(1).tolist()
+        return {
+            s.position for s, each in zip(self.samples, is_silent, strict=True) if each
+        }
 
 
 class Trial:
@@ -110,6 +123,7 @@ class Trial:
         self._groups = groups
         self._batch_size = batch_size
         self._parts = frozenset(part for group in groups for part in group)
+        self._silent: set[int] = set()  # positions of samples without a gradient
 
     def outcome(self, samples: Sequence[int]) -> Outcome:
         """Try padded batches and, if they are not exact, batches of equal shapes.
@@ -123,7 +137,7 @@ class Trial:
         """
         best: Outcome | None = None
         for padded in (True, False):
-            pairs = self._labelled_pairs(samples, padded)
+            pairs = self._telling_pairs(samples, padded)
             if not pairs:
                 continue
             found = Outcome.agreed([self._compare(pair, padded) for pair in pairs])
@@ -140,15 +154,19 @@ class Trial:
             )
         return best
 
-    def _labelled_pairs(self, samples: Sequence[int], padded: bool) -> list[_Pair]:
+    def _telling_pairs(self, samples: Sequence[int], padded: bool) -> list[_Pair]:
         """Return a pair of each kind, taken alone; gradients of zero tell nothing."""
         unlabelled = self._together.singles.unlabelled
         while True:
-            groups = self._groups_of(
-                [s for s in samples if s not in unlabelled], padded
-            )
-            pairs = [_Pair(group, *self._alone(group)) for group in groups]
-            if unlabelled.isdisjoint(s.position for group in groups for s in group):
+            labelled = [s for s in samples if s not in unlabelled]
+            telling = [s for s in labelled if s not in self._silent]
+            is_last = not telling or len(self._silent) >= _MOST_SILENT
+            groups = self._groups_of(labelled if is_last else telling, padded)
+            pairs = [self._alone(group) for group in groups]
+            silent = {s for pair in pairs for s in pair.silent}
+            self._silent |= silent
+            tried = {s.position for group in groups for s in group}
+            if unlabelled.isdisjoint(tried) and (is_last or not silent):
                 return pairs
 
     def _groups_of(self, samples: Sequence[int], padded: bool) -> list[list[Sample]]:
@@ -160,7 +178,7 @@ class Trial:
             looked_at = [] if padded else self._loaded(samples[:1], padded)
             return [looked_at] if looked_at else []
         looked_at = []
-        step = max(1, ceil(len(samples) / _LOOKED_AT))
+        step = max(1, math.ceil(len(samples) / _LOOKED_AT))
         for start in range(step):  # data may be sorted
             looked_at += self._loaded(samples[start::step], padded)
             found = telling_pairs(looked_at, padded, most=self._batch_size or 3)
@@ -173,6 +191,8 @@ class Trial:
         return [self._together.singles.sample(s, padded) for s in samples]
 
     def _compare(self, pair: _Pair, padded: bool) -> Outcome:
+        if pair.silent:
+            return Outcome(padded, False, self._parts)
         try:
             return self._batched(pair, padded)
         except torch.OutOfMemoryError as problem:
@@ -184,10 +204,12 @@ class Trial:
             logger.debug("Samples cannot share a batch: %r", problem)
             return Outcome(padded, False, self._parts)
 
-    def _alone(self, pair: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """Return losses and squared norms, as a `_Pair` has them."""
+    def _alone(self, pair: Sequence[Sample]) -> _Pair:
+        """Take samples one at a time."""
         norms = torch.full((len(pair), len(self._parts)), torch.nan).double()
         losses = torch.zeros(len(pair), dtype=torch.float64)
+        rows: dict[int, tuple[Where, Tensor]] = {}
+        parameters = self._together.singles.pool.parameters
         for n, sample in enumerate(pair):
             for group in self._groups:
                 losses[n], gradients = self._together.singles.gradients(
@@ -195,8 +217,13 @@ class Trial:
                 )
                 for part, gradient in gradients.items():
                     norms[n, part] = Dense(gradient[None]).squared_norms((0,))[0]
+                    if part not in rows:
+                        where = _largest_row(gradient, parameters[part].shape)
+                        rows[part] = where, gradient.new_zeros(len(pair), len(where))
+                    where, values = rows[part]
+                    values[n] = gradient[where.flat]
                 gradients.clear()  # before those of the next
-        return losses, norms
+        return _Pair(pair, losses, norms, rows)
 
     def _batched(self, pair: _Pair, padded: bool) -> Outcome:
         samples, losses = pair.samples, pair.losses
@@ -209,8 +236,13 @@ class Trial:
         if not self._are_close(passed.loss, losses.sum()):
             raise ValueError("the loss of a batch is not the sum of its samples'")
         norms = torch.zeros_like(pair.norms)
+        errors = torch.zeros(len(self._parts), dtype=torch.float64)
+        rows = range(len(samples))
         for part, each in gradients.items():
-            norms[:, part] = each.squared_norms(range(len(samples)))
+            norms[:, part] = each.squared_norms(rows)
+            if part in pair.rows:
+                where, values = pair.rows[part]
+                errors[part] = _relative_error(each.at(rows, where), values)
         tokens = size_of(samples)
         by_token, by_sample = _held_bytes(gradients.values())
         has_losses = passed.losses is not None and self._are_close(
@@ -219,7 +251,7 @@ class Trial:
         return Outcome(
             padded,
             has_losses,
-            self._differing(norms, pair.norms.nan_to_num()) | passed.misfits,
+            self._differing(norms, pair.norms.nan_to_num(), errors) | passed.misfits,
             len(samples) == 1,
             by_token / tokens,
             by_sample / len(samples),
@@ -227,34 +259,77 @@ class Trial:
         )
 
     def _are_close(self, found: Tensor, expected: Tensor) -> bool:
-        parameters = self._together.singles.model.parameters()
-        is_rough = any(p.dtype in _HALVES for p in parameters)
-        share = _ROUGH_LOSS_AGREEMENT if is_rough else _LOSS_AGREEMENT
+        share = _tolerance("loss", self._together.singles.model.parameters())
         return torch.allclose(found.double().cpu(), expected, rtol=share, atol=1e-6)
 
-    def _differing(self, norms: Tensor, expected: Tensor) -> frozenset[int]:
+    def _differing(
+        self, norms: Tensor, expected: Tensor, errors: Tensor
+    ) -> frozenset[int]:
+        """Return the parameters whose gradients differ, in norms or in a row."""
         parameters = self._together.singles.pool.parameters
-        share = max(_AGREEMENT.get(p.dtype, _ROUGH_AGREEMENT) for p in parameters)
-        noise = max(_NOISE.get(p.dtype, _ROUGH_NOISE) for p in parameters)
-        largest = expected.amax(1, keepdim=True)
-        agrees = (norms - expected).abs() <= share * expected + noise * largest
-        return _positions(~agrees.all(0))
+        share, noise = (_tolerance(kind, parameters) for kind in ("norm", "noise"))
+        noise_of_norm = noise * expected.amax(1, keepdim=True)
+        agrees = (norms - expected).abs() <= share * expected + noise_of_norm
+        is_loud = (expected > noise_of_norm).any(0)
+        is_off = is_loud & (errors > _tolerance("row", parameters))
+        return _positions(~agrees.all(0) | is_off)
 
 
 def _positions(mask: Tensor) -> frozenset[int]:
     return frozenset(mask.nonzero().flatten().tolist())
 
 
+def _largest_row(gradient: Tensor, shape: torch.Size) -> Where:
+    """Return where the row of a gradient with the largest norm is; 1-D ones have one.
+
+    Args:
+        gradient: Of a parameter, 1-D.
+        shape: The parameter's shape.
+    """
+    rows = gradient.view(shape[0] if len(shape) > 1 else 1, -1)
+    row = int(torch.linalg.vector_norm(rows, dim=1).argmax())
+    flat = torch.arange(rows.shape[1], device=gradient.device)
+    return Where(flat + row * rows.shape[1], shape)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    error = torch.linalg.vector_norm(found.double() - expected)
+    return float(error / torch.linalg.vector_norm(expected.double()).clamp_min(_TINY))
+
+
+def _tolerance(kind: str, parameters: Iterable[Tensor]) -> float:
+    found = (_tolerances(p) for p in parameters if p.is_floating_point())
+    return max(each[kind] for each in found)
+
+
+def _tolerances(parameter: Tensor) -> Mapping[str, float]:
+    if parameter.dtype == torch.float64:
+        return _DOUBLE
+    if parameter.dtype != torch.float32:
+        return _HALF
+    # TensorFloat32, or bfloat16 on a CPU, in products and convolutions.
+    is_rounded = torch.get_float32_matmul_precision() != "highest"
+    is_rounded |= parameter.is_cuda and torch.backends.cudnn.allow_tf32
+    return _ROUNDED if is_rounded else _SINGLE
+
+
 def _held_bytes(gradients: Iterable[SampleGradients]) -> tuple[int, int]:
     """Return the bytes that grow with the tokens, and those of dense gradients."""
-    by_token: dict[int, int] = {}  # several parameters may share an input
+    by_token: dict[object, int] = {}  # several parameters may share an input
     by_sample = 0
     for each in gradients:
         if isinstance(each, Dense):
             by_sample += sum(t.nbytes for t in each.tensors())
         else:
-            by_token.update((t.data_ptr(), t.nbytes) for t in each.tensors())
+            by_token.update((_key(t), t.nbytes) for t in each.tensors())
     return sum(by_token.values()), by_sample
+
+
+def _key(tensor: Tensor) -> object:
+    """Return what is equal for tensors that are kept once."""
+    if holds_more(tensor):
+        return object()
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 class _SavedBytes:

@@ -15,12 +15,13 @@ class Where:
 
     Args:
         flat: Sorted flat row-major positions. Shape ``[k]``, int64.
-        shape: The parameter's shape.
+        shape: The parameter's shape; that of a convolution's weight counts as a matrix.
     """
 
     def __init__(self, flat: Tensor, shape: torch.Size) -> None:
         self.flat = flat
-        self.shape = shape
+        is_matrix = len(shape) < 3
+        self.shape = shape if is_matrix else (shape[0], shape[1:].numel())
 
     def __len__(self) -> int:
         return self.flat.numel()
