@@ -66,6 +66,7 @@ class Entries:
     def _from(cls, pool: Pool, ranking: Ranking, stream: Stream) -> "Entries":
         for part, scores in stream:
             ranking.update(part, scores)
+            del scores  # before the next are made
         pairs = ranking.finish()
         home = pool.device
         return cls(

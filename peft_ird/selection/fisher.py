@@ -161,9 +161,7 @@ class FisherEstimator:
             ValueError: If a loss or gradient is not finite, labels are missing or out
                 of range, or a parameter gets no gradient from any sample.
         """
-        means = self._means(samples, SquareSum, "Fisher information")
-        # Rounding can take an entry that two uses cancel in below zero.
-        return ((part, mean.clamp_min_(0)) for part, mean in means)
+        return self._means(samples, SquareSum, "Fisher information")
 
     def mean_gradient(self, samples: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield the gradient of the mean loss, as `fisher` does."""
@@ -186,7 +184,7 @@ class FisherEstimator:
                     is_last = group is self._groups[-1]
                     self._check_used(every if is_last else (), total.seen)
                 for part in parts:
-                    yield part, _mean(total.totals.pop(part), len(samples), self.pool)
+                    yield part, total.mean(part, len(samples))
 
     def _summed(
         self,
@@ -354,7 +352,3 @@ class FisherEstimator:
                 "their modules do; their entries come last: %s.",
                 ", ".join(new),
             )
-
-
-def _mean(total: Tensor, count: int, pool: Pool) -> Tensor:
-    return total.div_(count).to(pool.dtype)

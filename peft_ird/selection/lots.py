@@ -10,7 +10,7 @@ from peft_ird.selection.settings import Settings
 
 __all__ = ["Lots"]
 
-_CHUNK = 1 << 20  # entries at a time: keys take no memory but their own
+_CHUNK = 1 << 17  # entries at a time: keys take no memory but their own
 _NEVER = -1e9  # the key of what has no weight; chance decides between such
 Stream = Iterable[tuple[int, Tensor]]
 
@@ -69,9 +69,10 @@ class Lots:
             del times
             if largest:
                 keys.neg_()
+            room = keys.new_empty(min(_CHUNK, len(keys)))
             for some, of in zip(keys.split(_CHUNK), scores.split(_CHUNK), strict=True):
-                weights = of.to(torch.float64, copy=True).log_()
-                some.add_(weights.div_(self.temperature).clamp_min_(_NEVER))
+                weights = room[: len(of)].copy_(of).log_().div_(self.temperature)
+                some.add_(weights.clamp_min_(_NEVER))
             yield part, keys
 
     def _times(self, part: int) -> Tensor:

@@ -10,7 +10,7 @@ from peft_ird.selection.gradients.where import Where
 
 __all__ = ["Dense", "rows_of"]
 
-_CHUNK = 1 << 20  # entries in float64 at a time: the largest gradient has no copy
+_CHUNK = 1 << 17  # entries in float64 at a time: the largest gradient has no copy
 
 
 class Dense(Entrywise):
@@ -34,9 +34,12 @@ class Dense(Entrywise):
     def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""
         values = rows_of(self.values, kept)
-        width = max(1, _CHUNK // len(kept))
-        parts = [part.double().square().sum(1) for part in values.split(width, 1)]
-        return torch.stack(parts).sum(0)
+        total = values.new_zeros(len(kept), dtype=torch.float64)
+        width = min(max(1, _CHUNK // len(kept)), values.shape[1])
+        room = values.new_empty(len(kept), width, dtype=torch.float64)
+        for part in values.split(max(1, width), 1):
+            total += room[:, : part.shape[1]].copy_(part).square_().sum(1)
+        return total
 
     def at(self, rows: Sequence[int], where: Where) -> Tensor:
         """See `SampleGradients`."""

@@ -23,6 +23,7 @@ __all__ = [
     "Statistic",
 ]
 
+_CHUNK = 1 << 17  # entries that change their type at a time
 ACCUMULATOR_BYTES = torch.float64.itemsize
 
 
@@ -60,6 +61,7 @@ class SquareSum:
     def __init__(self, pool: Pool, parts: Sequence[int]) -> None:
         self.totals = {part: _zeros(pool, part, pool.sizes[part]) for part in parts}
         self.seen: set[int] = set()
+        self._dtype = pool.dtype
 
     def update(
         self,
@@ -78,6 +80,23 @@ class SquareSum:
         """Add what is summed, of some samples."""
         gradients.add_squares_(total, rows)
 
+    def mean(self, part: int, count: int) -> Tensor:
+        """Return a parameter's mean over samples, in the memory of its sum.
+
+        Args:
+            part: The parameter's number.
+            count: How many samples there were.
+        """
+        # Rounding can take an entry in which two uses cancel below zero.
+        return self._mean(part, count).clamp_min_(0)
+
+    def _mean(self, part: int, count: int) -> Tensor:
+        total = self.totals.pop(part).div_(count)
+        mean = total.view(self._dtype)[: len(total)]
+        for some, of in zip(mean.split(_CHUNK), total.split(_CHUNK), strict=True):
+            some.copy_(of.clone())  # what is written over has been read
+        return mean
+
     def tensors(self) -> list[Tensor]:
         """See `Statistic`."""
         return list(self.totals.values())
@@ -91,6 +110,10 @@ class GradientSum(SquareSum):
     ) -> None:
         """Add what is summed, of some samples."""
         gradients.add_sum_(total, rows)
+
+    def mean(self, part: int, count: int) -> Tensor:
+        """See `SquareSum`."""
+        return self._mean(part, count)
 
 
 class SquareSumAt:

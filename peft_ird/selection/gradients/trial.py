@@ -215,14 +215,16 @@ class Trial:
                 losses[n], gradients = self._together.singles.gradients(
                     sample.position, group
                 )
-                for part, gradient in gradients.items():
-                    norms[n, part] = Dense(gradient[None]).squared_norms((0,))[0]
+                for part in list(gradients):
+                    dense = Dense(gradients.pop(part)[None])
+                    norms[n, part] = dense.squared_norms((0,))[0]
                     if part not in rows:
-                        where = _largest_row(gradient, parameters[part].shape)
-                        rows[part] = where, gradient.new_zeros(len(pair), len(where))
+                        where = _largest_row(dense.values[0], parameters[part].shape)
+                        none = dense.values.new_zeros(len(pair), len(where))
+                        rows[part] = where, none
                     where, values = rows[part]
-                    values[n] = gradient[where.flat]
-                gradients.clear()  # before those of the next
+                    values[n] = dense.at((0,), where)
+                    del dense  # before those of the next
         return _Pair(pair, losses, norms, rows)
 
     def _batched(self, pair: _Pair, padded: bool) -> Outcome:
