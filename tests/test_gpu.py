@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -70,6 +70,18 @@ def test_a_model_trains_and_merges_as_on_the_cpu(name, dtype):
     moved.merge_adapter()
     moved.unmerge_adapter()
     assert all(torch.equal(p, before[n]) for n, p in moved.named_parameters())
+
+
+def test_an_adapter_is_loaded_onto_the_device(name, tmp_path):
+    settings = config(name)
+    settings.calibration = make_samples(name)
+    model = get_peft_model(make_model(name), settings).eval()
+    draw_values(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(name).cuda(), tmp_path).eval()
+    batch = make_batch(name)
+    found = loaded(**{key: value.cuda() for key, value in batch.items()}).logits
+    assert_close(found.cpu(), model(**batch).logits, **TOL[torch.float32])
 
 
 def fisher(model, name: str) -> torch.Tensor:

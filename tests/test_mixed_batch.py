@@ -1,6 +1,8 @@
 """Batches in which every sample has an adapter of its own."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 from peft_ird import IRDConfig
+from peft_ird.layers.mixed_batch import handed_out
 from tests.conftest import make_batch, make_model, task_type
 from tests.oracles import TOL
 
@@ -344,3 +347,26 @@ def test_disabled_adapters_stay_off():
     assert not torch.equal(model(**batch, adapter_names=NAMES).logits, expected)
     with model.disable_adapter():
         assert torch.equal(model(**batch, adapter_names=NAMES).logits, expected)
+
+
+def test_threads_have_adapters_of_their_own():
+    model, batch = with_two("bert"), make_batch("bert")
+    names = {"mixed": NAMES, "one": ["one"] * 3, "active": None}
+    model.set_adapter("two")
+    together = threading.Barrier(len(names))
+
+    def run(wanted: list[str] | None) -> Tensor:
+        with torch.no_grad(), handed_out(model.base_model, wanted):
+            together.wait(60)  # all are inside
+            found = model.base_model.model(**batch).logits
+            together.wait(60)  # and none has left
+            return found
+
+    expected = {}
+    for name, wanted in names.items():
+        with torch.no_grad():
+            expected[name] = model(**batch, adapter_names=wanted).logits
+    with ThreadPoolExecutor(len(names)) as threads:
+        work = {name: threads.submit(run, wanted) for name, wanted in names.items()}
+    for name, each in work.items():
+        assert_close(each.result(), expected[name], **TOL[torch.float64])

@@ -308,6 +308,61 @@ def adapted(module: nn.Module, density=0.3, **options):
     return get_peft_model(nn.Sequential(module), config, autocast_adapter_dtype=False)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 6), lambda: Conv1D(6, 6)])
+def test_a_weight_can_be_its_own_input(make):
+    layer = adapted(make()).base_model.model[0]
+    weight = layer.base_layer.weight
+    assert torch.equal(layer(weight), layer(weight.clone()))
+
+
+SMALL = 1e-4
+
+
+def share_of_small_deltas(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what small deltas add to outputs, computed and exactly."""
+    layer = model.base_model.model[0]
+    for name, values in layer.irdelta_values["default"].items():
+        values.data.fill_(SMALL if name == "weight" else 0.0)
+    found = model(x).double()
+    with model.disable_adapter():
+        found -= model(x).double()
+    dense = layer.get_delta_weight("default").double()
+    kind = F.conv1d if dense.ndim == 3 else F.linear
+    is_turned = isinstance(layer.get_base_layer(), Conv1D)
+    return found, kind(x.double(), dense.t() if is_turned else dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(64, 6, bias=False),
+        lambda: nn.Linear(64, 6),
+        lambda: Conv1D(6, 64),
+        lambda: nn.Conv1d(64, 6, 1, bias=False),
+    ],
+)
+def test_small_deltas_are_not_lost_in_16_bits(make, dtype, is_autocast):
+    """Weights of one would take nothing of them; the inputs cancel what these give."""
+    base = make()
+    nn.init.ones_(base.weight)
+    if getattr(base, "bias", None) is not None:
+        nn.init.zeros_(base.bias)
+    inner = base if is_autocast else base.to(dtype)
+    model = adapted(inner)
+    for name, values in model.named_parameters():
+        if "irdelta" in name and values.dtype == dtype:
+            values.data = values.data.float()
+    signs = torch.tensor([1.0, -1.0]).repeat(32)
+    rows = torch.stack([signs, -signs, 8 * signs])
+    x = rows[..., None] if isinstance(base, nn.Conv1d) else rows
+    with torch.autocast("cpu", dtype, enabled=is_autocast):
+        found, exact = share_of_small_deltas(model, x if is_autocast else x.to(dtype))
+    assert exact.abs().max() > SMALL
+    assert_close(found, exact, rtol=0.02, atol=0.1 * SMALL)
+
+
 def test_an_error_in_the_product_restores_the_weight():
     model = adapted(nn.Linear(4, 3))
     layer = model.base_model.model[0]

@@ -592,3 +592,25 @@ def test_a_deleted_adapter_leaves_nothing_behind(is_loaded, tmp_path):
     assert not any("other" in vars(layer)[name] for name in (
         "_unchecked", "_supports", "_fingerprints", "_numels"))  # fmt: skip
     assert not any(".other" in key for key in model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_derivatives_inside_a_compiled_function_are_right(backend):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), settings(0.3)).double()
+    x, t = torch.randn(2, 3, 8, dtype=torch.float64)
+
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        return torch.func.jvp(model, (x,), (t,))[1]
+
+    def reverse(x: Tensor, t: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: (model(x) * model(t)).sum())(x)
+
+    layer = model.base_model.model[0]
+    weight = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    expected = {forward: t @ weight.t(), reverse: model(t) @ weight}
+    for derivative, wanted in expected.items():
+        found = torch.compile(derivative, backend=backend, fullgraph=True)(x, t)
+        assert_close(found, wanted, **TOL[torch.float64])

@@ -11,9 +11,9 @@ from peft_ird.layers.layer import Deltas, IRDLayer
 from peft_ird.layers.merging import is_low_precision
 from peft_ird.layers.substitution import with_forward, with_parameters
 from peft_ird.sparse.ops import sum_dense
-from peft_ird.sparse.ways import is_dense
+from peft_ird.sparse.ways import is_autocast, is_dense, no_autocast
 
-__all__ = ["Affine", "Norm"]
+__all__ = ["Affine", "Convolution", "Norm"]
 
 
 class Affine(IRDLayer):
@@ -28,8 +28,7 @@ class Affine(IRDLayer):
 
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
         weights = [self._base_parameter(name) for name in deltas]
-        is_coarse = any(is_low_precision(w) or w.is_meta for w in weights)
-        if not (is_coarse and self._gives_tensors):
+        if not (any(map(self._is_coarse, weights)) and self._gives_tensors):
             return super()._run(deltas, *args, **kwargs)
         dense = {
             name: sum_dense(found, torch.float32) for name, found in deltas.items()
@@ -49,6 +48,10 @@ class Affine(IRDLayer):
         layer = run if is_whole else with_forward(self.base_layer, run)
         output = layer(*args, **kwargs)
         return output if self._gives_tensors else super()._run(deltas, *args, **kwargs)
+
+    def _is_coarse(self, weight: Tensor) -> bool:
+        """Return whether a parameter cannot take a delta, or not without losing it."""
+        return weight.is_meta or is_low_precision(weight)
 
     def _is_simple_call(
         self, deltas: Deltas, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -103,11 +106,19 @@ class Affine(IRDLayer):
                 result = type(base).forward(clone, *args, **kwargs)
             return result
 
-        return output({**zeros, **dense}) - output(zeros)
+        with no_autocast(device.type):
+            return output({**zeros, **dense}) - output(zeros)
 
 
 def _raised(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+class Convolution(Affine):
+    """Convolutions, which autocast computes in 16 bits."""
+
+    def _is_coarse(self, weight: Tensor) -> bool:
+        return super()._is_coarse(weight) or is_autocast(weight.device.type)
 
 
 class Norm(Affine):

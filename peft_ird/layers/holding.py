@@ -168,7 +168,10 @@ class Holding(Merging):
                 return None
             if indices[name].numel() and int(indices[name][-1]) >= weight.numel():
                 return None  # only a shard of it is here
-        found = {n: self._original_entries(n, at) for n, at in indices.items()}
+        found = {
+            name: self._original_entries(name, at.to(weights[name].device))
+            for name, at in indices.items()
+        }
         return fingerprint(found)
 
     @torch.inference_mode(mode=False)  # else no backward pass could use the indices
@@ -190,11 +193,12 @@ class Holding(Merging):
                 "an early version of peft_ird, load that with PEFT and save it again."
             )
         counts = self.entry_counts(adapter)
-        decoded = unpack(code, counts, type(self).__name__)
+        decoded = unpack(code, counts, self.path)
         found = {name: indices for name, (indices, _) in decoded.items()}
         numels = {name: numel for name, (_, numel) in decoded.items()}
-        for name, indices in found.items():
-            check_indices(indices, self._base_parameter(name).numel(), name)
+        weights = {name: self._base_parameter(name) for name in found}
+        for name, weight in weights.items():
+            check_indices(found[name], weight.numel(), f"{self.path}.{name}")
         expected = self._fingerprints.get(adapter)
         if expected and differs(self.fingerprint(adapter, found), expected):
             raise ValueError(
@@ -205,8 +209,11 @@ class Holding(Merging):
                 "peft_ird.ignoring_base_mismatch():` all the same."
             )
         plain = self.irdelta_indices[adapter]
-        for name, indices in found.items():
-            plain[name] = indices.to(device_of(self._base_parameter(name)))
+        for name, weight in weights.items():
+            dtype = index_dtype(
+                weight.numel()
+            )  # it may be larger than that of the file
+            plain[name] = found[name].to(device_of(weight), dtype)
         self._fingerprints.pop(adapter, None)
         self._settle(adapter, numels)
 
@@ -214,7 +221,8 @@ class Holding(Merging):
         """Check indices that were moved, as `to_empty` leaves none; meta has none."""
         for name, indices in self.irdelta_indices[adapter].items():
             if not indices.is_meta:
-                check_indices(indices, self._base_parameter(name).numel(), name)
+                size = self._base_parameter(name).numel()
+                check_indices(indices, size, f"{self.path}.{name}")
         self._find_supports(adapter)
         self._unchecked.discard(adapter)
 

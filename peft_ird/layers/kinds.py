@@ -11,7 +11,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_ird.layers.affine import Affine, Norm
+from peft_ird.layers.affine import Affine, Convolution, Norm
 from peft_ird.layers.layer import Deltas, IRDLayer
 from peft_ird.layers.lookups import Lookups
 from peft_ird.layers.merging import is_low_precision
@@ -26,6 +26,7 @@ from peft_ird.sparse.ways import is_autocast, is_dense, way_in_force
 
 __all__ = [
     "Affine",
+    "Convolution",
     "CustomEmbedding",
     "CustomLinear",
     "Embedding",
@@ -247,9 +248,9 @@ _KINDS: list[tuple[type[nn.Module], type[IRDLayer]]] = [
     (nn.Embedding, Embedding),
     (nn.LayerNorm, Norm),
     (nn.GroupNorm, Affine),
-    (nn.Conv1d, Affine),
-    (nn.Conv2d, Affine),
-    (nn.Conv3d, Affine),
+    (nn.Conv1d, Convolution),
+    (nn.Conv2d, Convolution),
+    (nn.Conv3d, Convolution),
 ]
 
 

@@ -1,5 +1,6 @@
 """Batches in which every sample has an adapter of its own, at inference."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from peft_ird.layers.reading import Reading
+from peft_ird.layers.reading import Reading, asked_for
 
 __all__ = ["BASE", "Handed", "by_sample", "handed_out"]
 
@@ -38,7 +39,7 @@ class Handed(list[str]):
 def handed_out(
     tuner: BaseTuner, names: Sequence[str] | None, num_beams: int | None = None
 ) -> Iterator[None]:
-    """Call the layers of tuners with ``adapter_names`` as well.
+    """Call the layers of tuners with ``adapter_names`` as well, in this thread.
 
     Args:
         tuner: The tuner whose model is called.
@@ -58,21 +59,33 @@ def handed_out(
     inside = set() if encoder is None else {*encoder.modules()}
     once = Handed(names)
     repeated = Handed(n for n in names for _ in range(num_beams or 1))
+    given = {
+        module: once if module in inside else repeated
+        for module in modules
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
+    begin = {
+        model: partial(_begin, handed=(once, repeated), is_part=model is encoder)
+        for model in (tuner.model, encoder or tuner.model)
+    }
+    with_names = {m: partial(_with_names, names=each) for m, each in given.items()}
     with ExitStack() as hooks:
-        for model in {tuner.model, encoder or tuner.model}:
-            begin = partial(_begin, handed=(once, repeated), is_part=model is encoder)
-            handle = model.register_forward_pre_hook(begin, with_kwargs=True)
+        for module, hook in (*begin.items(), *with_names.items()):
+            handle = module.register_forward_pre_hook(_here(hook), with_kwargs=True)
             hooks.callback(handle.remove)
-        for module in modules:
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                given = once if module in inside else repeated
-                hook = partial(_with_names, names=given)
-                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                hooks.callback(handle.remove)
-                if isinstance(module, Reading):
-                    module.handed = given
-                    hooks.callback(delattr, module, "handed")
+        readable = {m: each for m, each in given.items() if isinstance(m, Reading)}
+        hooks.enter_context(asked_for(readable))
         yield
+
+
+def _here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that leaves the calls of other threads alone."""
+    mine = threading.get_ident()
+
+    def called(*given: Any) -> Any:
+        return hook(*given) if threading.get_ident() == mine else None
+
+    return called
 
 
 def _check(

@@ -1,6 +1,8 @@
 """What is read of a layer in place of the module that it wraps."""
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
 
-__all__ = ["Reading"]
+__all__ = ["Reading", "asked_for"]
 
 _OWN = {"base_layer", "_parameters", "_buffers", "_modules"}
 
@@ -19,6 +21,31 @@ _FACTS = {
     )),
     Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.size,
 }  # fmt: skip
+
+
+class _Asked(threading.local):
+    """What each thread asks of modules: the adapter of each sample, by module."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, Sequence[str]] = {}
+
+
+_ASKED = _Asked()
+
+
+@contextmanager
+def asked_for(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[None]:
+    """Let this thread read modules as of batches with an adapter for each sample.
+
+    Args:
+        names: The adapters, by module.
+    """
+    before = _ASKED.names
+    _ASKED.names = {**before, **{id(module): each for module, each in names.items()}}
+    try:
+        yield
+    finally:
+        _ASKED.names = before
 
 
 class _OfSeveral(Tensor):
@@ -46,7 +73,6 @@ class Reading(nn.Module):
     """
 
     get_base_layer: Any
-    handed: Sequence[str] | None = None  # the adapter of each sample of a batch
 
     def _base_parameter(self, name: str) -> Tensor:
         raise NotImplementedError
@@ -63,7 +89,8 @@ class Reading(nn.Module):
             name: The parameter.
         """
         weight = self._base_parameter(name)
-        asked = [None] if self.handed is None else [[each] for each in {*self.handed}]
+        names = _ASKED.names.get(id(self))
+        asked = [None] if names is None else [[each] for each in {*names}]
         first, *others = [self._deltas_in_force(each).get(name) for each in asked]
         if others and any([first, *others]):
             return weight.detach().as_subclass(_OfSeveral)

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from peft_ird.sparse.products import METHODS, available, turned
+from peft_ird.sparse.ways import no_autocast
 
 __all__ = ["Costs", "calibrated", "cheapest"]
 
@@ -86,6 +87,11 @@ def calibrated(device: torch.device, dtype: torch.dtype) -> Costs:
         device: The device.
         dtype: Type of the factors.
     """
+    with no_autocast(device.type):  # as where the products are needed
+        return _timed(device, dtype)
+
+
+def _timed(device: torch.device, dtype: torch.dtype) -> Costs:
     tokens, side = _TIMED.get(device.type, _TIMED["cpu"])
     left, right = (
         torch.ones(tokens, side, device=device, dtype=dtype) for _ in range(2)

@@ -27,25 +27,28 @@ def with_delta(
     indices: Tensor,
     values: Tensor,
     compute: Callable[[Tensor], Tensor],
+    other: Tensor | None = None,
 ) -> Tensor:
     """Compute with a delta in a weight; every bit is put back, whatever happens inside.
 
     Memory that other processes see, or that cannot be written to, is left alone: they
-    get no lock. There, where flat positions are not those in memory, and where torch
-    forbids to write (to what was made in inference mode, outside it), a copy has the
-    delta.
+    get no lock. There, where flat positions are not those in memory, where torch
+    forbids to write (to what was made in inference mode, outside it), and where the
+    other factor lies in the same memory, a copy has the delta.
 
     Args:
         weight: The weight; autograd does not notice what is done to it.
         indices: Distinct flat positions. Shape ``[k]``, integer.
         values: What is added there. Shape ``[k]``, floating point.
         compute: Gets the weight with the delta, for use inside only.
+        other: What it is computed with.
 
     Returns:
         What ``compute`` does.
     """
     lent, added = weight.data, values.detach().to(weight.dtype)
-    if not (_is_lendable(lent) and _is_private(weight)):
+    is_own = other is None or not _is_beside(lent, other)
+    if not (is_own and _is_lendable(lent) and _is_private(weight)):
         lent = lent.clone(memory_format=torch.contiguous_format)
         lent.view(-1).index_add_(0, indices, added)
         return compute(lent)
@@ -74,6 +77,11 @@ def _is_lendable(weight: Tensor) -> bool:
     is_seen = weight.device.type == "cpu" and weight.untyped_storage().is_shared()
     is_locked = weight.is_inference() and not torch.is_inference_mode_enabled()
     return weight.is_contiguous() and not is_seen and not is_locked
+
+
+def _is_beside(weight: Tensor, other: Tensor) -> bool:
+    storages = weight.untyped_storage(), other.untyped_storage()
+    return storages[0].data_ptr() == storages[1].data_ptr()
 
 
 def _is_private(weight: Tensor) -> bool:

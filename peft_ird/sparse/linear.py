@@ -68,7 +68,7 @@ def _compute(
     is_transposed: bool,
 ) -> Tensor:
     run = partial(affine, x, bias=bias, is_transposed=is_transposed)
-    return with_delta(weight, indices, values, run)
+    return with_delta(weight, indices, values, run, x)
 
 
 def affine(
@@ -95,7 +95,7 @@ def _compute_input_gradient(
     grad: Tensor, weight: Tensor, values: Tensor, indices: Tensor, is_transposed: bool
 ) -> Tensor:
     run = partial(input_gradient, grad, is_transposed=is_transposed)
-    return with_delta(weight, indices, values, run)
+    return with_delta(weight, indices, values, run, grad)
 
 
 def _fake_input_gradient(grad: Tensor, weight: Tensor, *others: Any) -> Tensor:

@@ -1,8 +1,9 @@
 """How deltas are applied, and how the gradients of their values are computed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -15,6 +16,7 @@ __all__ = [
     "gradient_in_force",
     "is_autocast",
     "is_dense",
+    "no_autocast",
     "way_in_force",
 ]
 
@@ -84,12 +86,15 @@ def is_dense() -> bool:
     """
     if _FORCED.way == "dense":
         return True
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._get_tracing_state() is not None:
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         return True
     is_in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return is_in_functorch or forward_ad._current_level >= 0
+
+
+def no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Switch autocast off for a type of device, where it is on."""
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()
 
 
 def is_autocast(kind: str) -> bool:
