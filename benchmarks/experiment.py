@@ -38,6 +38,7 @@ FOLDER = RESULTS / "glue"
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
 MAX_LENGTH = 128  # tokens of a sample, if the settings name no ``max_length``
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates
+AVAILABLE = {"rte": 1992, "wnli": 508}  # training samples that are not held out
 _KEYS = ("rows", "rounds", "seeds", "tuning")
 Result = dict[str, Any]
 
@@ -190,8 +191,9 @@ def load_results(name: str) -> list[Result]:
         name: The list's name.
 
     Raises:
-        ValueError: If a row's result was run by another method, for other epochs, with
-            another rate of the head, or in other precision than the others.
+        ValueError: If a result is not what the list asks for (method, options, rank,
+            number of training samples, epochs, rate of the head), or its precision is
+            not that of the others.
     """
     experiment = Experiment.load(name)
     found: list[Result] = []
@@ -207,9 +209,13 @@ def load_results(name: str) -> list[Result]:
 
 
 def _check_asked(path: Path, result: Result, asked: Mapping[str, Any]) -> None:
+    task = result["job"]["task"]
+    train = asked["train"].get(task, asked["train"]["others"])
     wanted = {
         "method": asked["method"],
         "options": asked.get("options", {}),
+        "rank": asked.get("rank"),
+        "train": min(train, AVAILABLE.get(task, train)),
         "epochs": asked["epochs"],
         "head_rate": asked.get("head_rate", result["job"]["rate"]),
         "precision": asked["precision"],

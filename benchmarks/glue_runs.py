@@ -12,9 +12,7 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +24,8 @@ from typing import Any
 
 from experiment import MAX_LENGTH, Experiment, Job, Result, load_results
 from record import ROOT, git_state, machine, versions, write
+
+from peft_ird.search.workers import end_with_parent
 
 sys.path.insert(0, str(ROOT / "examples"))
 import run_glue
@@ -95,18 +95,6 @@ def run_all(options: argparse.Namespace, tries: Counter[Job]) -> None:
                 job = running.pop(future)
                 if not report(job, future):
                     tries[job] = MOST_TRIES
-
-
-def end_with_parent() -> None:
-    """Let a worker end when the runner is killed; its run is left undone."""
-
-    def wait_for_it() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait_for_it, daemon=True).start()
 
 
 def report(job: Job, future: "Future[Result]") -> bool:

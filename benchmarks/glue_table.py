@@ -37,6 +37,7 @@ TITLES = {
     "wnli": "WNLI",
 }
 ADVERSE = ("wnli",)  # most validation sentences are training ones, with other labels
+ROUNDING = 1e-9  # points that equal means may differ by
 METRICS = {
     "cola": "Matthews",
     "stsb": "mean of Pearson and Spearman",
@@ -210,7 +211,7 @@ def compared(ours: Scores, theirs: Scores) -> dict[str, float]:
         "pairs": float(len(pairs)),
         "mean": float(np.mean(pairs)) if keys else float("nan"),
         "tasks": float(len(by_task)),
-        "not_worse": float(sum(gap >= 0 for gap in by_task.values())),
+        "not_worse": float(sum(gap >= -ROUNDING for gap in by_task.values())),
         "without": statistics.mean(kept) if kept else float("nan"),
     }
     if len(pairs) < 2 or not pairs.any():

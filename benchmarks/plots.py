@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from record import RESULTS
 
-from peft_ird.search import plot_search
+from peft_ird.search import drawing, plot_search
 
 KEY = "Drawn from"
 
@@ -91,7 +91,7 @@ def read(path: Path) -> Any:
 
 
 GLUE = (glue_table, experiment)
-SEARCH = ("search-sst2",)
+SEARCH = (plot_search, drawing)
 PICTURES = (
     Picture("glue-budget", ("glue/minilm/*",), glue_budget.draw, GLUE),
     Picture("glue-density", ("glue/minilm/*",), glue_density.draw, GLUE),
@@ -102,10 +102,8 @@ PICTURES = (
         (style,),
     ),
     Picture("sample-alignment", ("sample-alignment",), alignment_plot.draw, (style,)),
-    Picture("search", ("search-sst2",), search_study.draw_staircases, (plot_search,)),
-    Picture(
-        "search-reverse", ("search-sst2",), search_study.draw_contrast, (plot_search,)
-    ),
+    Picture("search", ("search-sst2",), search_study.draw_staircases, SEARCH),
+    Picture("search-reverse", ("search-sst2",), search_study.draw_contrast, SEARCH),
     Picture("step", ("step",), step_plot.draw, (style, titles)),
 )
 

@@ -1,7 +1,7 @@
 r"""Walk the paper's staircase on a GLUE task by FISH, IRD and reverse IRD.
 
 python benchmarks/search_study.py --data-dir GLUE --output-dir FOLDER --task sst2 \
-    --max-train 1500
+    --max-train 1500 --lr 3e-3
 
 Each cell of the paper's Table 3 is fine-tuned and scored: FISH is what IRD is compared
 with, reverse IRD the paper's contrastive study, and successive halving the cheap way to

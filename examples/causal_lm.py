@@ -42,6 +42,8 @@ from transformers import (
 
 import peft_ird
 from peft_ird import Calibration, IRDConfig
+from peft_ird.selection.criteria import METHODS
+from peft_ird.selection.entries import SCOPES
 
 Block = dict[str, Tensor]
 
@@ -98,9 +100,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", help="file with one text per line; None for the built-in one")
     add("--prompt", default="the old", help="what is continued, before and after")
     add("--output-dir", default="causal-lm-output", help="folder for all results")
-    add("--method", default="ird", help="how IRDConfig chooses weights")
+    add("--method", default="ird", choices=METHODS, help="of IRDConfig")
     add("--density", type=share, default=0.01, help="share of the linear weights")
-    add("--scope", default="global", help="'global', 'per_module' or 'balanced' budget")
+    add("--scope", default="global", choices=SCOPES, help="of IRDConfig")
     add("--temperature", type=amount, default=0.0, help="0 takes the largest entries; "
         "above, they are drawn within --scope")  # fmt: skip
     add("--num-samples", type=int, default=32, help="blocks that IRD starts from")

@@ -10,6 +10,7 @@ learn at one rate.
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -191,7 +192,7 @@ ROWS: list[tuple[str, Callable[[Result], float], str]] = [
     ("that of the head", lambda r: r["head_rate"], "g"),
     ("seconds to select", lambda r: r["seconds"]["select"], ".1f"),
     ("seconds to train", lambda r: r["seconds"]["train"], ".1f"),
-    ("peak host memory, MiB", lambda r: r["peak_bytes"] / 2**20, ",.0f"),
+    ("peak host memory, MiB", lambda r: (r["peak_bytes"] or math.nan) / 2**20, ",.0f"),
     ("adapter file, KiB", lambda r: r["adapter_bytes"] / 2**10, ",.0f"),
     ("ms to switch on a CPU", lambda r: 1e3 * r["switch_seconds"]["active"], ".2f"),
     ("the same, merged", lambda r: 1e3 * r["switch_seconds"]["merged"], ".2f"),

@@ -39,6 +39,7 @@ from transformers import (
 import peft_ird
 from peft_ird import Calibration, IRDConfig, Selection, select_parameters
 from peft_ird.search.plot import plot_selection, plot_stages
+from peft_ird.selection.criteria import METHODS
 from peft_ird.selection.places import Place
 
 Array = np.ndarray[Any, Any]
@@ -106,7 +107,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-train", type=int, default=4000, help="training examples")
     add("--max-eval", type=int, default=800, help="evaluation examples")
     add("--lora-rank", type=int, default=8, help="size of LoRA, the budget of IRD")
-    add("--method", default="ird", help="how IRDConfig chooses weights")
+    add("--method", default="ird", choices=METHODS, help="of IRDConfig")
     add("--lora-lr", type=float, default=3e-3, help="learning rate of LoRA")
     add("--ird-lr", type=float, default=1e-2, help="learning rate of IRD")
     add("--temperature", type=float, default=4.0, help="of IRD's draw; 0: no draw")

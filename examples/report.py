@@ -1,6 +1,5 @@
 """The quickstart's report: what one training run gave, and runs beside each other."""
 
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +8,9 @@ from typing import Any
 import numpy as np
 
 from peft_ird.selection.places import Place
+
+if sys.platform != "win32":
+    import resource
 
 __all__ = ["Run", "format_table", "peak_memory"]
 
@@ -27,7 +29,7 @@ class Run:
     head_parameters: int
     selection_seconds: float
     training_seconds: float
-    peak_bytes: int
+    peak_bytes: int | None
     adapter: str
     adapter_bytes: int
     places: dict[str, Place]
@@ -48,7 +50,7 @@ def format_table(runs: Sequence[Run]) -> str:
         ("  and in the head", lambda run: f"{run.head_parameters:,}"),
         ("seconds to select", lambda run: f"{run.selection_seconds:.1f}"),
         ("seconds to train", lambda run: f"{run.training_seconds:.1f}"),
-        ("peak memory, MiB", lambda run: f"{run.peak_bytes / 2**20:,.0f}"),
+        ("peak memory, MiB", lambda run: _mebibytes(run.peak_bytes)),
         ("adapter, bytes", lambda run: f"{run.adapter_bytes:,}"),
     ]
     return "\n".join(
@@ -57,7 +59,16 @@ def format_table(runs: Sequence[Run]) -> str:
     )
 
 
-def peak_memory() -> int:
-    """Return the most memory that this process has had, libraries and all, in bytes."""
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.0f}"
+
+
+def peak_memory() -> int | None:
+    """Return the most memory that this process has had, libraries and all, in bytes.
+
+    Windows does not tell; None there.
+    """
+    if sys.platform == "win32":
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

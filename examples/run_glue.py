@@ -162,6 +162,7 @@ def run(options: argparse.Namespace, folder: Path | None = None) -> dict[str, An
         "task": options.task,
         "method": options.method,
         "options": options.options,
+        "rank": options.rank,
         "budget": budget,
         **trained_sizes(made.model),
         "rate": options.lr,

@@ -94,7 +94,11 @@ def _inspect(options: argparse.Namespace) -> str:
         return Selection.load(path).summary()
     if (path / _SEARCH).is_file():
         result = SearchResult.load(path)
-        return f"{result!r}\n\n{result.table()}"
+        errors = [
+            f"{n:,} samples at density {density:g} failed: {failure}"
+            for (n, density), failure in result.errors.items()
+        ]
+        return "\n".join([f"{result!r}\n", result.table(), *errors])
     if (path / _ADAPTER).is_file():
         return _describe_adapter(_adapter_config(path))
     raise ValueError(

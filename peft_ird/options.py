@@ -1,7 +1,7 @@
 """What the options of a configuration may be."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
@@ -60,6 +60,28 @@ _CHOICES = {
     "scope": SCOPES,
     "save_dtype": (None, "float32", "bfloat16"),
 }
+_Rule = tuple[str, Callable[[Any], bool]]
+_SHARE: _Rule = ("lie in (0, 1]", lambda x: 0 < x <= 1)
+_COUNT: _Rule = (
+    "be a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1
+)  # fmt: skip
+_OPTIONAL: dict[str, _Rule] = {  # or None
+    "density": _SHARE,
+    "initial_density": _SHARE,
+    "budget": _COUNT,
+    "num_samples": _COUNT,
+    "num_ranked_samples": _COUNT,
+    "memory_limit": _COUNT,
+}
+_NUMBERS: dict[str, _Rule] = {
+    **_OPTIONAL,
+    "head_warmup_steps": (
+        "be a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0
+    ),
+    "head_warmup_learning_rate": ("be above 0", lambda x: x > 0),
+    "temperature": ("be 0 or more, and finite", lambda x: 0 <= x < math.inf),
+    "trim_samples": ("lie in [0, 1)", lambda x: 0 <= x < 1),
+}  # fmt: skip
 
 
 def check(config: Any, sized_otherwise: bool) -> None:
@@ -132,36 +154,10 @@ def _check_size(config: Any, sized_otherwise: bool) -> None:
 
 
 def _check_numbers(config: Any) -> None:
-    for name in ("density", "initial_density"):
-        share = getattr(config, name)
-        if share is None:
+    for name, (rule, holds) in _NUMBERS.items():
+        value = getattr(config, name)
+        if value is None and name in _OPTIONAL:
             continue
-        if not isinstance(share, float | int) or not 0 < share <= 1:
-            raise ValueError(f"`{name}` must lie in (0, 1], got {share!r}.")
-    for name in ("budget", "num_samples", "num_ranked_samples", "memory_limit"):
-        _check_whole(config, name, at_least=1)
-    _check_whole(config, "head_warmup_steps", at_least=0)
-    if not config.head_warmup_learning_rate > 0:
-        raise ValueError(
-            "`head_warmup_learning_rate` must be above 0, got "
-            f"{config.head_warmup_learning_rate!r}."
-        )
-    if not 0 <= config.temperature < math.inf:
-        raise ValueError(
-            f"`temperature` must be 0 or more, and finite, got {config.temperature!r}."
-        )
-    if not 0 <= config.trim_samples < 1:
-        raise ValueError(
-            f"`trim_samples` must lie in [0, 1), got {config.trim_samples!r}."
-        )
-
-
-def _check_whole(config: Any, name: str, at_least: int) -> None:
-    number = getattr(config, name)
-    if number is None:
-        return
-    is_whole = isinstance(number, int) and not isinstance(number, bool)
-    if not is_whole or number < at_least:
-        raise ValueError(
-            f"`{name}` must be a whole number of at least {at_least}, got {number!r}."
-        )
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not holds(value):
+            raise ValueError(f"`{name}` must {rule}, got {value!r}.")

@@ -65,6 +65,8 @@ def refused(message, model, config, calibration=None):
         ({"density": 0.1, "schedule": 5}, "`schedule` must be"),
         ({"density": 0.1, "schedule": [4, 2]}, "`schedule` must be"),
         ({"density": "0.1"}, r"`density` must lie in \(0, 1\], got '0.1'"),
+        ({"density": True}, r"`density` must lie in \(0, 1\], got True"),
+        ({"density": 0.1, "head_warmup_steps": None}, "at least 0, got None"),
         (
             {"density": 0.1, "target_modules": "lin.*", "layers_to_transform": [0]},
             "`layers_to_transform` cannot be used",
@@ -75,6 +77,20 @@ def refused(message, model, config, calibration=None):
 def test_bad_options_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         IRDConfig(**options)
+
+
+@pytest.mark.parametrize("value", ["hot", None, True, math.nan, -1.0])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("temperature", "be 0 or more, and finite"),
+        ("trim_samples", r"lie in \[0, 1\)"),
+        ("head_warmup_learning_rate", "be above 0"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(name, rule, value):
+    with pytest.raises(ValueError, match=f"`{name}` must {rule}, got {value!r}"):
+        IRDConfig(density=0.1, **{name: value})
 
 
 def test_a_budget_above_the_candidates():

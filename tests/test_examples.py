@@ -182,6 +182,29 @@ def test_the_tiny_llama_is_as_new_and_says_what_it_cannot_read(monkeypatch, tmp_
         lesson.blocks(["", " "], lesson.tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("quickstart", "method"), ("causal_lm", "method"), ("causal_lm", "scope")],
+)
+def test_an_unknown_choice_is_refused_at_once(monkeypatch, capsys, name, option):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).parse_arguments([f"--{option}", "typo"])
+    assert "invalid choice: 'typo'" in capsys.readouterr().err
+
+
+def test_where_memory_cannot_be_measured_there_is_a_dash(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    report = importlib.import_module("report")
+    assert report.peak_memory() > 2**20
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert report.peak_memory() is None
+    run = report.Run("IRD", "f1", 0.1, 0.2, 1, 1, 1.0, 1.0, None, "a", 1, {}, None)
+    assert report.format_table([run]).splitlines()[7].split() == [
+        "peak", "memory,", "MiB", "-",
+    ]  # fmt: skip
+
+
 def test_a_text_that_fills_no_block_is_refused(tmp_path):
     model = tiny_checkpoint(tmp_path / "model", "gpt2-lm")
     (tmp_path / "text").write_text("ab\ncd\n", "utf-8")

@@ -633,6 +633,8 @@ def test_differences_are_paired_over_tasks_and_seeds(load):
     assert found["p_tasks"] == pytest.approx(flips([3.0, -1.5])) != found["p"]
     late = {**more, ("c", 0): 9.0}  # a task that has just begun waits
     assert glue_table.compared(late, dict.fromkeys(late, 0.0)) == found
+    equal = glue_table.compared({("a", 0): 0.1 + 0.2}, {("a", 0): 0.3 + 1e-15})
+    assert equal["not_worse"] == 1
     found = glue_table.compared(ours, theirs)
     half = stats.t.ppf(0.975, 2) * np.std(pairs, ddof=1) / math.sqrt(3)
     assert found["high"] == pytest.approx(np.mean(pairs) + half)
@@ -649,7 +651,8 @@ def test_the_tables_show_each_row_at_its_best_rate(lists, load, tmp_path):
         job = lists.Job(**result["job"])
         result["scores"]["validation"]["score"] = score
         facts = {"entries": 7, "rate": rate, "budget": 7, "versions": VERSIONS}
-        facts |= {"task": task, "train": 40, "precision": "highest"}
+        facts |= {"task": task, "precision": "highest"}
+        facts["train"] = 40 if task == "sst2" else 32
         job.path.parent.mkdir(parents=True, exist_ok=True)
         job.path.write_text(json.dumps({**result, **facts}))
 
@@ -711,7 +714,15 @@ def fill(lists, tmp_path):
         job.path.write_text(json.dumps({**result, **facts, "job": asdict(job)}))
 
 
-def test_a_result_of_another_method_is_not_taken(lists, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "fish"}, "was run with method 'fish', but the list"),
+        ({"train": 39}, "was run with train 39, but the list asks for 40"),
+        ({"rank": 2}, "was run with rank 2, but the list asks for None"),
+    ],
+)
+def test_a_result_of_other_settings_is_not_taken(lists, tmp_path, change, message):
     fill(lists, tmp_path)
     assert len(lists.load_results("list")) == 24
     text = LIST.replace("1e-1", "1e-2")
@@ -719,10 +730,18 @@ def test_a_result_of_another_method_is_not_taken(lists, tmp_path):
     assert len(lists.load_results("list")) == 12
     (tmp_path / "list.toml").write_text(text)
     path = sorted((tmp_path / "results" / "list").glob("*.json"))[0]
-    content = {**json.loads(path.read_text()), "method": "fish"}
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="was run with method 'fish', but the list"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
         lists.load_results("list")
+
+
+def test_small_tasks_are_trained_on_what_they_have(lists, tmp_path):
+    (tmp_path / "list.toml").write_text(LIST.replace("others = 32", "others = 600"))
+    job = lists.Job("list", "wnli", "A", 0.01, 1e-2, 3)
+    job.path.parent.mkdir(parents=True)
+    result = {"job": asdict(job), "train": 508, "rank": None}
+    job.path.write_text(json.dumps(result))
+    assert lists.load_results("list") == [result]
 
 
 def test_the_figures_show_every_row(lists, load, tmp_path):

@@ -1,9 +1,11 @@
 """The search: its cells, its folder, and what it makes of what evaluations return."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from types import FunctionType, ModuleType
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
 
@@ -24,6 +27,7 @@ from peft_ird import (
     search,
     select_parameters,
 )
+from peft_ird.__main__ import main
 from peft_ird.search.halving import survivors
 from peft_ird.search.outcome import CellRecord, name_of
 from peft_ird.search.workers import Workers, _only_visible
@@ -207,7 +211,7 @@ def test_a_walk_that_was_interrupted_is_walked_again(tmp_path):
     assert again.scores == whole.scores
 
 
-def test_a_failing_cell_is_noted_and_tried_again(tmp_path):
+def test_a_failing_cell_is_noted_and_tried_again(tmp_path, capsys):
     result = run(tmp_path, Evaluate(fails=[1]))
     assert [score is None for score in result.scores] == [False, True, False, False]
     (failure,) = result.errors.values()
@@ -215,11 +219,30 @@ def test_a_failing_cell_is_noted_and_tried_again(tmp_path):
     assert 'raise RuntimeError("out of luck")' in failure.traceback
     assert result.best.cell == (8, 0.1)
     assert "failed" in result.table()
+    main(["inspect", str(tmp_path)])
+    line = "4 samples at density 0.1 failed: RuntimeError: out of luck\n"
+    assert capsys.readouterr().out.endswith(line)
     again = Evaluate()
     result = run(tmp_path, again)
     assert len(again.calls) == 1
     assert not result.errors
     assert result.best.cell == (4, 0.1)
+
+
+def test_a_failure_is_told_when_it_happens(tmp_path, caplog):
+    told = []
+
+    class Listening(Evaluate):
+        def __call__(self, model):
+            told.append(len(caplog.records))
+            return super().__call__(model)
+
+    run(tmp_path, Listening(fails=[1]))
+    assert told == [0, 0, 1, 1]
+    message = (
+        "The cell of 4 samples and density 0.1 failed: RuntimeError: out of luck. "
+    )
+    assert caplog.messages[0].startswith(message)
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), "good", None])
@@ -467,9 +490,10 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 def test_a_folder_without_a_search_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no search"):
         SearchResult.load(tmp_path)
-    (tmp_path / "search.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="another version"):
-        SearchResult.load(tmp_path)
+    for content in ({"format": 99}, [1]):
+        (tmp_path / "search.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="another version"):
+            SearchResult.load(tmp_path)
 
 
 @pytest.mark.slow
@@ -501,6 +525,35 @@ def test_a_cell_whose_process_dies_has_failed(tmp_path):
     (failure,) = result.errors.values()
     assert failure.type == "BrokenProcessPool"
     assert 'needs `if __name__ == "__main__":`' in failure.message
+
+
+class Endless(Evaluate):
+    """Holds a lock for as long as its process lives."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def __call__(self, _):
+        with FileLock(self.path / "lock"):
+            (self.path / "begun").touch()
+            time.sleep(600)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_search_that_is_killed(tmp_path):
+    options = {"workers": 1, "devices": ["cpu"]}
+    parent = multiprocessing.get_context("spawn").Process(
+        target=run, args=(tmp_path / "search", Endless(tmp_path)), kwargs=options
+    )
+    parent.start()
+    while not (tmp_path / "begun").exists():
+        assert parent.is_alive()
+        time.sleep(0.1)
+    parent.kill()
+    parent.join()
+    with FileLock(tmp_path / "lock", timeout=20):
+        pass
 
 
 def ladder(counts, scores):

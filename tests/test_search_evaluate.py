@@ -27,7 +27,7 @@ from peft_ird import (
 )
 from peft_ird.search.halving import Rung, survivors
 from peft_ird.search.outcome import CellRecord
-from peft_ird.search.stopping import BestWeights
+from peft_ird.search.stopping import BestWeights, checkpoint_in
 from peft_ird.search.trainer import CellTrainer
 from peft_ird.selection.schedule import Cell
 from tests.conftest import make_model
@@ -145,9 +145,15 @@ class Stream(IterableDataset):
         return iter(DATA[:10])
 
 
-def test_a_stream_may_be_reported_on(tmp_path):
+class SizedStream(Stream):
+    def __len__(self):
+        return 10
+
+
+@pytest.mark.parametrize("kind", [Stream, SizedStream])
+def test_a_stream_may_be_reported_on(tmp_path, kind):
     whole = stock(tmp_path, DATA[:10])(adapted())
-    streamed = stock(tmp_path, Stream())(adapted())
+    streamed = stock(tmp_path, kind())(adapted())
     assert streamed.reported == whole.reported
     assert streamed.score == whole.score
 
@@ -182,6 +188,22 @@ def test_an_unknown_metric_says_which_there_are(tmp_path, monkeypatch):
         stock(tmp_path, metric="f1")(adapted())
 
 
+def test_a_metric_that_needs_more_rows_than_a_batch_is_taken_after_training(
+    tmp_path, caplog
+):
+    def needs_all(prediction):
+        if len(prediction.label_ids) < 20:
+            raise ZeroDivisionError("only one class")
+        return accuracy(prediction)
+
+    options = {"held_out": 20, "arguments_": {"per_device_eval_batch_size": 4}}
+    outcome = stock(tmp_path, compute_metrics=needs_all, **options)(adapted())
+    assert outcome.score == stock(tmp_path, **options)(adapted()).score
+    assert caplog.messages[0].endswith("ZeroDivisionError('only one class')")
+    with pytest.raises(ZeroDivisionError):  # where it fails on all rows
+        stock(tmp_path, compute_metrics=needs_all, held_out=19)(adapted())
+
+
 def test_a_metric_that_is_to_be_small_is_negated(tmp_path):
     shown = toy_task("bert", 90)[80:]
     evaluate = stock(tmp_path, {"a": shown}, metric="loss")
@@ -199,6 +221,22 @@ def test_a_metric_that_is_to_be_small_is_negated(tmp_path):
     assert is_greater_better(arguments_=arguments_)
     other = replace(stock(tmp_path), metric="loss")
     assert not other.settings()["greater_is_better"]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_an_evaluation_in_16_bits_leaves_the_cell_in_32(tmp_path, kind):
+    model, same = adapted(), adapted()
+    options = {"arguments_": {f"{kind}_full_eval": True}}
+    assert stock(tmp_path, **options)(model).score == stock(tmp_path)(same).score
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert equal(trained(model), trained(same))
+
+
+def test_a_cell_has_no_progress_bar_of_its_own(tmp_path, capfd):
+    evaluate = stock(tmp_path, arguments_={"max_steps": 2})
+    evaluate.training_args.disable_tqdm = False
+    evaluate(adapted())
+    assert "%|" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("metrics", [None, accuracy])
@@ -356,6 +394,8 @@ STRATEGIES = {
     "steps": {"eval_strategy": "steps", "eval_steps": 4},
     "start": {"eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True},
     "skip": {"ignore_data_skip": True},
+    "by length": {"train_sampling_strategy": "group_by_length"},
+    "unseeded": {"accelerator_config": {"use_seedable_sampler": False}},
 }
 
 
@@ -368,6 +408,8 @@ STRATEGIES = {
         ("steps", (4, 10)),
         ("start", (4, 10)),
         ("skip", (4, 10)),
+        ("by length", (5, 9)),
+        ("unseeded", (5, 9)),
     ],
 )
 def test_going_on_gives_the_weights_of_an_uninterrupted_training(
@@ -426,6 +468,15 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "pause").mkdir()
     with pytest.raises(ValueError, match=r"no checkpoint in '.*pause'\. Pass the"):
         stock(tmp_path / "home").advance(adapted(), 12, tmp_path / "pause")
+
+
+def test_of_several_checkpoints_the_last_is_taken(tmp_path):
+    (tmp_path / "checkpoint-mine").mkdir()
+    for path in (tmp_path / f"checkpoint-{steps}" for steps in range(6, 13)):
+        path.mkdir()
+        assert checkpoint_in(tmp_path) == path
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoint_in(tmp_path / "none")
 
 
 COSTS = [(7, 3, 2.0), (7, 3, 1.5), (7, 2, 2.5), (2, 3, 1.1), (1, 2, 1.5), (9, 4, 20.0)]

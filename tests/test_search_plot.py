@@ -1,5 +1,6 @@
 """The picture of a search: what is drawn where."""
 
+import importlib
 import subprocess
 import sys
 from itertools import pairwise
@@ -127,6 +128,17 @@ def test_with_halving_only_the_last_rung_can_be_highest():
     assert marked(axes, "maximum", cells) == [(4, 0.1)]
 
 
+def test_with_halving_only_what_was_trained_to_the_end_is_compared():
+    cells = [(8, 0.1), (4, 0.1), (4, 0.05)]
+    halved = result([[0.9], [0.5, 0.7], [0.6, 0.8]], cells=cells)
+    whole = result([0.8, 0.6, 0.9], cells=cells)
+    other = result([[0.1, 0.9], [0.1, 0.6], [0.1]], cells=cells)
+    for counterpart, worse in ((whole, [(4, 0.05)]), (other, [])):
+        axes = draw_search(halved, counterpart).axes[1]
+        assert marked(axes, "better", cells) == [(4, 0.1)]
+        assert marked(axes, "worse", cells) == worse
+
+
 def test_searches_of_other_cells_share_one_grid():
     other = [(64, 0.05), (128, 0.025)]
     figure = draw_search(result([0.5, 0.1], cells=other), result(FISH))
@@ -160,6 +172,15 @@ def test_any_scores_can_be_drawn(scores, tmp_path):
     result(scores).plot(tmp_path / "b.svg")
     assert (tmp_path / "a.png").stat().st_size > 0
     assert (tmp_path / "b.svg").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["plot", "plot_search"])
+def test_without_matplotlib_it_is_said_how_to_get_it(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.delitem(sys.modules, "peft_ird.search.drawing")
+    monkeypatch.delitem(sys.modules, f"peft_ird.search.{name}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="run `pip install matplotlib`"):
+        importlib.import_module(f"peft_ird.search.{name}")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 from transformers import PrinterCallback, TrainingArguments
 
 from peft_ird.search.outcome import Outcome, name_of
@@ -48,7 +48,8 @@ class TrainerEvaluate:
 
     Every cell trains on one device and in a folder of its own inside
     ``training_args.output_dir``, which is deleted afterwards; the search keeps the
-    adapter.
+    adapter. ``bf16_full_eval`` and ``fp16_full_eval`` are off: they leave a model in 16
+    bits, and cells are scored before they are trained and before they are saved.
 
     Args:
         training_args: The Trainer's arguments.
@@ -57,7 +58,7 @@ class TrainerEvaluate:
             reported, as of MNLI's two, and each is among the outcome's metrics.
         compute_metrics: As for the Trainer; without it nothing but the loss is kept of
             an evaluation. One batch is scored before training, to see whether the
-            metric is there.
+            metric is there; that it fails on so few rows does no harm.
         metric: The metric to choose by, with or without "eval_" in front.
         data_collator: As for the Trainer.
         processing_class: As for the Trainer, for example a tokenizer.
@@ -242,11 +243,13 @@ class TrainerEvaluate:
         """
         size = trainer.args.eval_batch_size
         for rows in (trainer.eval_dataset, *self._shown().values()):
-            if not hasattr(rows, "__len__"):
+            if isinstance(rows, IterableDataset):
                 continue  # a stream might not come twice
             few = _rows(rows, list(range(min(size, len(rows)))))
             with own_randomness(self.seed):
-                named_metric(trainer.scores(few), self.metric)
+                found = trainer.tried_scores(few)
+            if found is not None:
+                named_metric(found, self.metric)
 
     def _shown(self) -> Mapping[str, Any]:
         """Return the datasets to report on, by name; a single one has none."""
@@ -270,7 +273,7 @@ class TrainerEvaluate:
             preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
             callbacks=[best],
         )
-        trainer.remove_callback(PrinterCallback)  # a search has its own progress bar
+        trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _arguments(self, folder: Path) -> TrainingArguments:
@@ -287,6 +290,9 @@ class TrainerEvaluate:
             save_only_model=False,
             load_best_model_at_end=False,
             push_to_hub=False,
+            bf16_full_eval=False,
+            fp16_full_eval=False,
+            disable_tqdm=True,  # a search has its own progress bar
         )
         arguments._n_gpu = min(1, arguments.n_gpu)
         return arguments

@@ -119,8 +119,8 @@ class SearchFolder:
                 f"'{self.path}' holds no search: there is no {self._settings.name}. "
                 "Pass the `output_dir` of one."
             )
-        found: dict[str, Any] = json.loads(self._settings.read_text("utf-8"))
-        if found.pop("format", None) != _FORMAT:
+        found: Any = json.loads(self._settings.read_text("utf-8"))
+        if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
             raise ValueError(
                 f"'{self.path}' holds a search of another version of peft_ird, which "
                 "cannot be read. Run it again in another folder."

@@ -162,6 +162,9 @@ class Failure:
     message: str
     traceback: str
 
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}"
+
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
         """Return what is to be kept of an exception.

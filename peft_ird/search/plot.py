@@ -2,22 +2,19 @@
 
 import os
 from itertools import pairwise
-from typing import Any
 
+from peft_ird.search.drawing import (
+    QUIET,
+    Axes,
+    Figure,
+    PowerNorm,
+    Rectangle,
+    ScalarMappable,
+    filled,
+    quieten,
+)
 from peft_ird.selection.places import Place, find_places, split_names
 from peft_ird.selection.selection import Selection
-
-try:
-    import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "Pictures need matplotlib; run `pip install 'peft-ird[plots]'`."
-    ) from error
 
 __all__ = ["draw_selection", "draw_stages", "plot_selection", "plot_stages"]
 
@@ -30,7 +27,6 @@ _STEPS = {
     "fewer of both": "#009E73",
 }
 _FALLS = [("fewer samples", "fewer samples"), ("fewer samples", "fewer of both")]
-_QUIET = "0.45"
 
 
 def plot_selection(selection: Selection, path: str | os.PathLike[str]) -> None:
@@ -129,7 +125,7 @@ def draw_stages(selection: Selection) -> Figure:
     axes.set_ylabel("samples")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
-    _quieten(axes)
+    quieten(axes)
     if len(stages) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     axes.set_title(_stages_title(selection), loc="left")
@@ -139,15 +135,13 @@ def draw_stages(selection: Selection) -> Figure:
 def _draw_cell(
     axes: Axes, column: int, row: int, place: Place, colours: ScalarMappable
 ) -> None:
-    red, green, blue = 0.9, 0.9, 0.9
+    colour, ink = (0.9, 0.9, 0.9), "black"
     if place.rows is not None:
-        red, green, blue, _ = colours.to_rgba(np.array([100 * place.rows]))[0].tolist()
+        colour, ink = filled(colours, 100 * place.rows)
     corner = (column - 0.5, row - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, facecolor=(red, green, blue), edgecolor="w"))
-    is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5  # perceived brightness
-    colour = "white" if is_dark else "black"
+    axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor="w"))
     text = _short(place.entries)
-    axes.text(column, row, text, color=colour, ha="center", va="center", size=8)
+    axes.text(column, row, text, color=ink, ha="center", va="center", size=8)
 
 
 def _label_cells(axes: Axes, kinds: dict[str, Place], layers: dict[str, Place]) -> None:
@@ -161,9 +155,9 @@ def _label_cells(axes: Axes, kinds: dict[str, Place], layers: dict[str, Place]) 
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(kinds)), [_percent(p.share) for p in kinds.values()])
     for side in (axes, right):
-        _quieten(side)
-    right.tick_params(colors=_QUIET)
-    right.set_ylabel("share of the entries", color=_QUIET)
+        quieten(side)
+    right.tick_params(colors=QUIET)
+    right.set_ylabel("share of the entries", color=QUIET)
 
 
 def _draw_steps(axes: Axes, points: list[Point], steps: list[str]) -> None:
@@ -217,11 +211,6 @@ def _stages_title(selection: Selection) -> str:
     if selection.peak_bytes:
         parts.append(f"peak {max(selection.peak_bytes) / 2**20:,.0f} MiB")
     return ", ".join(parts)
-
-
-def _quieten(axes: Any) -> None:
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
 
 
 def _duration(seconds: float) -> str:

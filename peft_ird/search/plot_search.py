@@ -4,22 +4,22 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
+from peft_ird.search.drawing import (
+    QUIET,
+    Axes,
+    Figure,
+    Line2D,
+    LinearSegmentedColormap,
+    Normalize,
+    Patch,
+    Rectangle,
+    ScalarMappable,
+    filled,
+    quieten,
+)
 from peft_ird.search.outcome import CellRecord
 from peft_ird.search.result import SearchResult
 from peft_ird.selection.schedule import Cell
-
-try:
-    import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch, Rectangle
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "Pictures need matplotlib; run `pip install 'peft-ird[plots]'`."
-    ) from error
 
 __all__ = ["draw_search", "plot_search"]
 
@@ -29,7 +29,7 @@ _NAMES = {
 }  # fmt: skip
 _GREENS = LinearSegmentedColormap.from_list("greens", ["#e3f2dd", "#7cc07f", "#12632f"])
 _RED = "#d62728"
-_EMPTY, _QUIET = "0.93", "0.45"
+_EMPTY = "0.93"
 _TRIANGLES = {"better": "^", "worse": "v"}
 
 
@@ -64,7 +64,8 @@ def draw_search(
     the lower right to the upper left. The darker the green, the higher the score, on
     one scale for both matrices; grey cells were not visited. A red frame marks the
     highest score of all. A triangle says that a cell of the right matrix is better or
-    worse than the same cell of the left one.
+    worse than the same cell of the left one. With halving both are only for the cells
+    that were trained to the end.
 
     Args:
         result: The search; on the right if there is another one.
@@ -107,10 +108,11 @@ def draw_search(
         for record in each.records:
             place = columns.index(record.cell[0]), rows.index(record.cell[1])
             _draw_cell(axes, place, record, values.get(record.cell), colours)
-    _frame_maxima(matrices, results, scores, rows, columns)
+    finals = [_finals(*pair) for pair in zip(results, scores, strict=True)]
+    _frame_maxima(matrices, finals, rows, columns)
     signs = set()
     if counterpart is not None:
-        signs = _compare(matrices[1], scores[0], scores[1], rows, columns)
+        signs = _compare(matrices[1], finals[0], finals[1], rows, columns)
     _explain(figure, signs, titles[0])
     return figure
 
@@ -122,6 +124,13 @@ def _scores(result: SearchResult, by: str) -> dict[Cell, float]:
         if record.failure is None and record.outcome is not None
     }
     return {c: s for c, s in found.items() if s is not None and math.isfinite(s)}
+
+
+def _finals(result: SearchResult, scores: Mapping[Cell, float]) -> dict[Cell, float]:
+    """Return the scores of what was trained furthest; without halving that is all."""
+    furthest = max((record.rung for record in result.records), default=0)
+    last = {r.cell for r in result.records if r.rung == furthest}
+    return {cell: score for cell, score in scores.items() if cell in last}
 
 
 def _colours(scores: Sequence[Mapping[Cell, float]]) -> ScalarMappable:
@@ -145,8 +154,7 @@ def _draw_matrix(
     axes.set_yticks(range(len(rows)), [f"{100 * d:.3g}" for d in rows])
     axes.set_xlabel("samples")
     axes.set_title(title, loc="left")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    quieten(axes)
     if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
         axes.set_ylabel("density, %")
     else:
@@ -171,28 +179,18 @@ def _draw_cell(
             bbox={"facecolor": _EMPTY, "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
         return
-    red, green, blue, _ = colours.to_rgba(np.array([score]))[0].tolist()
-    axes.add_patch(_square(column, row, facecolor=(red, green, blue), edgecolor="w"))
-    is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5  # perceived brightness
-    colour = "white" if is_dark else "black"
-    axes.text(
-        column, row, f"{score:.4f}", color=colour, ha="center", va="center", size=9
-    )
+    colour, ink = filled(colours, score)
+    axes.add_patch(_square(column, row, facecolor=colour, edgecolor="w"))
+    axes.text(column, row, f"{score:.4f}", color=ink, ha="center", va="center", size=9)
 
 
 def _frame_maxima(
     matrices: Sequence[Axes],
-    results: Sequence[SearchResult],
-    scores: Sequence[Mapping[Cell, float]],
+    finals: Sequence[Mapping[Cell, float]],
     rows: Sequence[float],
     columns: Sequence[int],
 ) -> None:
-    """Frame the highest score; with halving, of those that were trained furthest."""
-    finals = []
-    for result, found in zip(results, scores, strict=True):
-        furthest = max((record.rung for record in result.records), default=0)
-        last = {r.cell for r in result.records if r.rung == furthest}
-        finals.append({c: score for c, score in found.items() if c in last})
+    """Frame the highest score."""
     highest = max((s for final in finals for s in final.values()), default=None)
     for axes, final in zip(matrices, finals, strict=True):
         for (samples, density), score in final.items():
@@ -238,7 +236,7 @@ def _explain(figure: Figure, signs: set[str], left: str) -> None:
     ]  # fmt: skip
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False,
-        fontsize=8, labelcolor=_QUIET, handlelength=1.1, columnspacing=1.4,
+        fontsize=8, labelcolor=QUIET, handlelength=1.1, columnspacing=1.4,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,14 +154,16 @@ class Campaign:
             while True:
                 known = [folder.read() for folder in folders]
                 alive = survivors(known, self.rungs[: number + 1], self.failed)
-                trials = {i: self._trial(i, number, rung, cells) for i in alive}
+                trials = {
+                    i: self._trial(i, cells, folders[i].path, number) for i in alive
+                }
                 due = {i: t for i, t in trials.items() if not self._is_done(t)}
                 if not due:
                     break
                 bar.update(len(alive) - len(due) - bar.n)
-                for _ in crew.run([*due.values()]):
+                for trial in crew.run([*due.values()]):
                     bar.update()
-                self._report(due.values())
+                    self._report(trial)
                 self.failed |= {i for i in due if folders[i].read().failure}
         for folder in folders:
             done = folder.read().rung
@@ -199,15 +201,15 @@ class Campaign:
             "halving": halving and {"eta": halving.eta, "cost": halving.cost},
         }
 
-    def _trial(self, i: int, number: int, rung: Rung, cells: Sequence[Cell]) -> Trial:
+    def _trial(self, i: int, cells: Sequence[Cell], path: Path, number: int) -> Trial:
         return Trial(
             model_init=self.model_init,
             evaluate=self.evaluate,
             config=cell_config(self.config, cells, i),
-            path=self.folder.cells()[i].path,
+            path=path,
             base=self.base,
             rung=number,
-            until=rung.steps,
+            until=self.rungs[number].steps,
             is_last=number == len(self.rungs) - 1,
         )
 
@@ -221,13 +223,10 @@ class Campaign:
         return record.rung > trial.rung
 
     @staticmethod
-    def _report(trials: Iterable[Trial]) -> None:
-        for trial in trials:
-            record = trial.folder.read()
-            if record.failure is not None:
-                logger.warning(
-                    "The cell of %d samples and density %g failed: %s: %s. Its "
-                    "traceback is in %s.",
-                    *record.cell, record.failure.type, record.failure.message,
-                    trial.folder.record,
-                )  # fmt: skip
+    def _report(trial: Trial) -> None:
+        record = trial.folder.read()
+        if record.failure is not None:
+            logger.warning(
+                "The cell of %d samples and density %g failed: %s. Its traceback is in "
+                "%s.", *record.cell, record.failure, trial.folder.record,
+            )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from peft_ird.sparse.storage import load_tensors, save_tensors
 
@@ -134,20 +135,22 @@ class PauseAt(TrainerCallback):  # type: ignore[misc]
 def checkpoint_in(folder: Path) -> Path:
     """Return the checkpoint that a paused training left in its folder.
 
+    Of several it is that of the most steps.
+
     Args:
         folder: The folder.
 
     Raises:
         ValueError: If there is none in it.
     """
-    found = next(folder.glob("checkpoint-*"), None)
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if found is None:
         raise ValueError(
             f"There is no checkpoint in '{folder}'. Pass the `save_to` of an earlier "
             "call. If the folder is one of a search, delete it and run the search "
             "again: the cell is then trained from the start."
         )
-    return found
+    return Path(found)
 
 
 def named_metric(metrics: dict[str, float], name: str) -> float:

@@ -21,7 +21,7 @@ import torch
 
 from peft_ird.search.trial import Trial
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "end_with_parent"]
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _ENVIRONMENT = threading.Lock()  # of this process, which new ones inherit
@@ -31,7 +31,8 @@ class Workers:
     """Runs trials, several at a time.
 
     Every trial has a process of its own, which ends with it: what it leaves in memory
-    is gone, and if it is killed, that trial alone has failed.
+    is gone, and if it is killed, that trial alone has failed. All end if the process
+    that started them is killed.
 
     Args:
         number: How many trials at a time; None for one for each device.
@@ -88,23 +89,23 @@ class Workers:
                     "it; or leave `workers` and `devices` out."
                 )
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[None]:
+    def run(self, trials: Sequence[Trial]) -> Iterator[Trial]:
         """Run trials.
 
         Args:
             trials: The trials.
 
         Yields:
-            None, whenever one has ended.
+            Each of them when it has ended.
         """
         if self._has_processes:
             yield from self._in_processes(trials)
             return
         for trial in trials:
             trial.run()
-            yield
+            yield trial
 
-    def _in_processes(self, trials: Sequence[Trial]) -> Iterator[None]:
+    def _in_processes(self, trials: Sequence[Trial]) -> Iterator[Trial]:
         threads = max(1, torch.get_num_threads() // len(self._slots))
         free: SimpleQueue[str | None] = SimpleQueue()
         for slot in self._slots:
@@ -118,11 +119,13 @@ class Workers:
                 free.put(slot)
 
         with ThreadPoolExecutor(len(self._slots)) as pool:
-            futures: list[Future[None]] = [pool.submit(run, t) for t in trials]
+            futures: dict[Future[None], Trial] = {
+                pool.submit(run, t): t for t in trials
+            }
             try:
                 for future in as_completed(futures):
                     future.result()
-                    yield
+                    yield futures[future]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -130,8 +133,7 @@ class Workers:
 
 def _run_alone(trial: Trial, device: str | None, threads: int) -> None:
     context = multiprocessing.get_context("spawn")
-    limit = torch.set_num_threads, (threads,)
-    with ProcessPoolExecutor(1, context, *limit) as process:
+    with ProcessPoolExecutor(1, context, _begin, (threads,)) as process:
         try:
             with _only_visible(device):
                 future = process.submit(trial.run)  # starts the process
@@ -142,6 +144,24 @@ def _run_alone(trial: Trial, device: str | None, threads: int) -> None:
                 'for workers needs `if __name__ == "__main__":`.'
             )
             trial.fail(BrokenProcessPool(f"{error} {hint}"))
+
+
+def _begin(threads: int) -> None:
+    """Prepare a new process."""
+    end_with_parent()
+    torch.set_num_threads(threads)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is killed."""
+
+    def wait_for_it() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()
 
 
 @contextmanager
