@@ -29,7 +29,7 @@ def draw(
         scores,
         {
             "random mask": _accuracies(random, "RANDOM"),
-            "IRD, drawn": _accuracies(drawn, "IRD"),
+            "IRD, drawn, t = 4": _accuracies(drawn, "IRD"),
             "LoRA": _accuracies(drawn, "LoRA"),
             "IRD, largest": _accuracies(largest, "IRD"),
         },

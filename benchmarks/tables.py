@@ -103,7 +103,7 @@ def quickstart_table() -> str:
         load(f"quickstart{which}") for which in ("", "-largest", "-random")
     )
     columns = {
-        "IRD, drawn": (plain, "IRD", "ird_lr"),
+        "IRD, drawn, t = 4": (plain, "IRD", "ird_lr"),
         "LoRA": (plain, "LoRA", "lora_lr"),
         "random mask": (random, "RANDOM", "ird_lr"),
         "IRD, largest": (largest, "IRD", "ird_lr"),

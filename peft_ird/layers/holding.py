@@ -210,9 +210,8 @@ class Holding(Merging):
             )
         plain = self.irdelta_indices[adapter]
         for name, weight in weights.items():
-            dtype = index_dtype(
-                weight.numel()
-            )  # it may be larger than that of the file
+            # The file may have been made for a smaller one.
+            dtype = index_dtype(weight.numel())
             plain[name] = found[name].to(device_of(weight), dtype)
         self._fingerprints.pop(adapter, None)
         self._settle(adapter, numels)
