@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from peft_ird.layers.reading import Reading, asked_for
+from peft_ird.layers.reading import asked_for
 
 __all__ = ["BASE", "Handed", "by_sample", "handed_out"]
 
@@ -64,17 +64,16 @@ def handed_out(
         for module in modules
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     }
-    begin = {
-        model: partial(_begin, handed=(once, repeated), is_part=model is encoder)
-        for model in (tuner.model, encoder or tuner.model)
-    }
-    with_names = {m: partial(_with_names, names=each) for m, each in given.items()}
-    with ExitStack() as hooks:
-        for module, hook in (*begin.items(), *with_names.items()):
+    hooks: list[tuple[nn.Module, Callable[..., Any]]] = [
+        (model, partial(_begin, handed=(once, repeated), is_part=model is encoder))
+        for model in {tuner.model, encoder or tuner.model}
+    ]
+    hooks += [(module, partial(_with_names, names=n)) for module, n in given.items()]
+    with ExitStack() as stack:
+        for module, hook in hooks:
             handle = module.register_forward_pre_hook(_here(hook), with_kwargs=True)
-            hooks.callback(handle.remove)
-        readable = {m: each for m, each in given.items() if isinstance(m, Reading)}
-        hooks.enter_context(asked_for(readable))
+            stack.callback(handle.remove)
+        stack.enter_context(asked_for(given))
         yield
 
 

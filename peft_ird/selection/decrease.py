@@ -115,14 +115,10 @@ class Decrease:
             unlabelled = self.estimator.unlabelled()
             rows = [i for i, s in enumerate(self.samples) if s in unlabelled]
             scores[rows] = math.inf
-        ranked = list(range(len(scores)))
-        if outliers:
-            inliers = top_k(scores, len(scores) - outliers, largest=self.is_reverse)
-            ranked = inliers.tolist()
-        kept = top_k(scores[ranked], wanted, largest=not self.is_reverse)
-        places = [ranked[i] for i in kept.tolist()]
-        self.samples = tuple(self.samples[place] for place in places)
-        self.sample_scores = scores[places]
+        inliers = top_k(scores, len(scores) - outliers, largest=self.is_reverse)
+        kept = inliers[top_k(scores[inliers], wanted, largest=not self.is_reverse)]
+        self.samples = tuple(self.samples[place] for place in kept.tolist())
+        self.sample_scores = scores[kept]
         self.estimator.forget_all_but(self.samples)
 
     def _scaled(self, scores: Tensor) -> Tensor:
@@ -167,7 +163,7 @@ class Decrease:
             return None
         stream = self.estimator.fisher_at(self.samples, listed.entries.positions)
         found = listed.best(stream, len(self.samples), count)
-        if found is None:  # it would not be with fewer samples either
+        if found is None:  # with fewer samples it is hardly more likely
             self.shortlist, self._has_bounds = None, False
         return found
 

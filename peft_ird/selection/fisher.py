@@ -173,18 +173,17 @@ class FisherEstimator:
         self._engine.prepare(samples)
         is_kept = self._engine.has_kept(samples)
         every = range(len(self.pool.sizes))
-        if is_kept:
+        groups = self._groups
+        if is_kept:  # passes cost no model call, so each parameter has one
+            groups = [[part] for part in every]
             self._check_used(every, self._engine.kept.parts())
-        for group in self._groups:
-            # Passes over what is kept cost no model call, so each parameter has one.
-            for parts in [[part] for part in group] if is_kept else [group]:
-                make = partial(kind, self.pool, parts)
-                total = self._summed(samples, parts, make, title)
-                if not is_kept:  # a module may be in two groups
-                    is_last = group is self._groups[-1]
-                    self._check_used(every if is_last else (), total.seen)
-                for part in parts:
-                    yield part, total.mean(part, len(samples))
+        for parts in groups:
+            make = partial(kind, self.pool, parts)
+            total = self._summed(samples, parts, make, title)
+            if not is_kept:  # a module may be in two groups
+                self._check_used(every if parts is groups[-1] else (), total.seen)
+            for part in parts:
+                yield part, total.mean(part, len(samples))
 
     def _summed(
         self,

@@ -35,7 +35,7 @@ _TURNED = 128  # tokens that a thread transposes at a time, in its cache
 
 
 def by_block(left: Tensor, right: Tensor, places: Tensor) -> Tensor:
-    """Form the product tile by tile and read the entries; it is never there as a whole.
+    """Form the product, in tiles if it is large, and read the entries.
 
     Args:
         left: Shape ``[t, r]``.

@@ -22,7 +22,7 @@ from peft_ird.selection.gradients.tiles import (
     tiles,
 )
 from peft_ird.selection.gradients.where import Where
-from peft_ird.sparse.products import by_block
+from peft_ird.sparse.products import HALVES, by_block, computable
 
 __all__ = ["Outer", "join_outers"]
 
@@ -65,10 +65,10 @@ class Outer(Entrywise):
     def factors(self, n: int) -> tuple[Tensor, Tensor]:
         """Return sample n's factors, from its first live token to its last."""
         start, stop = self.spans[n]
-        left = _computable(self.left[n, start:stop])
+        left = computable(self.left[n, start:stop])
         if self.unscale != 1.0:
             left = left * self.unscale
-        return left, _computable(self.right[n, start:stop])
+        return left, computable(self.right[n, start:stop])
 
     def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
@@ -179,7 +179,7 @@ class Outer(Entrywise):
         """See `SampleGradients`."""
         if not self._is_tiled(where):
             return super().squares_at(rows, where)
-        found = _computable(self.left[:0]).new_empty(len(where))
+        found = computable(self.left[:0]).new_empty(len(where))
         for tile in tiles(map(self._factors, portions(rows)), where):
             sums = torch.zeros_like(tile.buffer)
             for products in tile.products():
@@ -207,7 +207,7 @@ class Outer(Entrywise):
         """Return the factors of some samples, all of the same length."""
         tokens = self._tokens(kept)
         left, right = (
-            _computable(rows_of(side[:, tokens], kept))
+            computable(rows_of(side[:, tokens], kept))
             for side in (self.left, self.right)
         )
         return left if self.unscale == 1.0 else left * self.unscale, right
@@ -266,18 +266,13 @@ def _is_wide(device: torch.device) -> bool:
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """Return L^T R of each sample in float32 or better. Shape ``[n, o, i]``."""
-    halves = {torch.bfloat16, torch.float16}
     # Under autocast the two may differ: outputs are low, inputs may be float32.
-    if left.is_cuda and left.dtype == right.dtype and left.dtype in halves:
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in HALVES:
         return torch.bmm(left.transpose(1, 2), right, out_dtype=torch.float32)
-    return torch.bmm(_computable(left).transpose(1, 2), _computable(right))
+    return torch.bmm(computable(left).transpose(1, 2), computable(right))
 
 
 def _squared_norms(matrices: Tensor) -> Tensor:
     """Return sums of squares in float64; one float32 sum can be off by 1e-3."""
     norms: Tensor = torch.linalg.vector_norm(matrices, dim=2)
     return norms.double().square().sum(1)
-
-
-def _computable(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
