@@ -72,10 +72,11 @@ class Merges(BaseTuner):  # type: ignore[misc]
 
         Args:
             adapter_names: The adapters to merge. Default: the active ones.
-            safe_merge: Whether to check all layers before any of them is written to.
+            safe_merge: Whether to check as well that all sums are finite.
 
         Raises:
-            ValueError: If ``safe_merge`` finds a value that is not finite.
+            ValueError: If an IRD adapter does not fit its weights, these are quantised
+                or sharded, or a sum is not finite; nothing has been written by then.
         """
         with PEFT_TYPE_TO_TUNER_MAPPING[IRD].watched(self, adapter_names, safe_merge):
             super().merge_adapter(adapter_names, safe_merge)
@@ -83,27 +84,22 @@ class Merges(BaseTuner):  # type: ignore[misc]
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
-        progressbar: bool = True,
+        progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[IRD]
-        layer_cls = tuner.tuner_layer_cls
+        layers = tuner.tuner_layer_cls
         options = (merge, progressbar, safe_merge, adapter_names)
-        if merge:
-            tuner._check_merge_allowed(self)
-        with tuner.watched(self, adapter_names, safe_merge):
-            while any(isinstance(m, layer_cls) for m in self.model.modules()):
+        watched = tuner.watched(self, adapter_names, safe_merge)
+        with watched if merge else nullcontext():
+            while any(isinstance(m, layers) for m in self.model.modules()):
                 super()._unload_and_optionally_merge(*options)
             return super()._unload_and_optionally_merge(*options)
 
 
 class _MixedModel(Merges, MixedModel):  # type: ignore[misc]
     """PEFT's mixed model, handing IRD adapters to the IRD tuner."""
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        PEFT_TYPE_TO_TUNER_MAPPING[IRD]._check_merge_allowed(self)
 
     def _tuner(self, config: Any) -> Any:
         return PEFT_TYPE_TO_MIXED_MODEL_MAPPING[config.peft_type]

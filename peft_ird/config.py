@@ -234,9 +234,8 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
     @property
     def awaits_weights(self) -> bool:
         """Whether entries come from a file to be loaded, not from a new selection."""
-        cannot_select = self.needs_data and self.calibration is None
-        to_load = self._describes_file or cannot_select
-        return self.nnz_pattern is not None and self.selection is None and to_load
+        is_described = self._describes_file and self.nnz_pattern is not None
+        return is_described and self.selection is None
 
     @property
     def needs_data(self) -> bool:
@@ -265,12 +264,11 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
         with tempfile.TemporaryDirectory(dir=place, prefix=".") as spare:
             PeftConfig.save_pretrained(self._in_lines(), spare, **kwargs)
             Path(spare, CONFIG_NAME).replace(place / CONFIG_NAME)
-        for folder in (place, place.parent):  # PEFT writes one for all adapters
-            card = folder / "README.md"
-            text = card.read_text("utf-8") if card.is_file() else ""
-            if "library_name: peft" in text and "import peft_ird" not in text:
-                with card.open("a", encoding="utf-8") as file:
-                    file.write(_CARD)
+        card = _card_of(place)
+        text = card.read_text("utf-8") if card.is_file() else ""
+        if "library_name: peft" in text and "import peft_ird" not in text:
+            with card.open("a", encoding="utf-8") as file:
+                file.write(_CARD)
 
     def _in_lines(self) -> "IRDConfig":
         """Return a copy that says of each module all in one line, if it is known."""
@@ -337,4 +335,21 @@ class IRDConfig(PeftConfig):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         bare = {**dict.fromkeys(_RUNTIME_ONLY), "_entries": None}
-        return {**self.__dict__, **bare, "ignore_base_mismatch": False}
+        cannot_select = self.needs_data and self.nnz_pattern is not None
+        describes_file = self._describes_file or cannot_select
+        facts = {"ignore_base_mismatch": False, "_describes_file": describes_file}
+        return {**self.__dict__, **bare, **facts}
+
+
+def _card_of(place: Path) -> Path:
+    """Return the model card that PEFT wrote for the adapter in a folder.
+
+    That is above the folder of an adapter that is not called "default", unless an
+    adapter of another kind is there.
+    """
+    above = place.parent / CONFIG_NAME
+    if (place / "README.md").is_file():
+        return place / "README.md"
+    if above.is_file() and f'"{IRD.value}"' not in above.read_text("utf-8"):
+        return place / "README.md"
+    return place.parent / "README.md"

@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from peft_ird._registration import PREFIX, Merges
 from peft_ird.adapter.combining import Combination, add_combined
@@ -30,12 +29,17 @@ from peft_ird.adapter.injection import (
     without_targets,
 )
 from peft_ird.adapter.modules import base_model, layers_of, replace
-from peft_ird.adapter.record import check_base, fingerprints
-from peft_ird.adapter.settling import check_sizes, fitted, same_names, settle
+from peft_ird.adapter.record import check_base, fingerprints, missing_codes
+from peft_ird.adapter.settling import (
+    check_sizes,
+    check_tied_heads,
+    fitted,
+    same_names,
+    settle,
+)
 from peft_ird.config import IRDConfig
-from peft_ird.layers.kinds import QuantizedLinear
 from peft_ird.layers.layer import IRDLayer
-from peft_ird.layers.merging import Rounding, report_rounding
+from peft_ird.layers.merging import Rounding, check_merge, report_rounding
 from peft_ird.layers.mixed_batch import handed_out
 from peft_ird.sparse.storage import (
     FORMAT,
@@ -119,8 +123,10 @@ class IRDModel(Merges):
             install_nested(model, config, adapter_name, self.active_adapters)
             share_tied(model)
             announce(model, adapter_name)
-        except BaseException:
+        except BaseException as error:
             config.selection = given
+            if not isinstance(error, Exception):  # PEFT does it after these
+                self.peft_config.pop(adapter_name, None)
             raise
         config.selection = None
 
@@ -167,15 +173,14 @@ class IRDModel(Merges):
         Args:
             tuner: This tuner, or a mixed model.
             adapter_names: The adapters to merge. Default: the active ones.
-            safe_merge: Whether all layers are checked before any of them is written to.
+            safe_merge: Whether to check as well that all sums are finite.
 
         Raises:
-            ValueError: If ``safe_merge`` finds a value that is not finite.
+            ValueError: If an adapter cannot be merged, as `Merging.check_merge` says.
         """
+        check_merge(tuner, adapter_names, safe_merge)
         layers = [m for m in tuner.model.modules() if isinstance(m, IRDLayer)]
         for layer in layers:
-            if safe_merge:
-                layer.check_finite(adapter_names or layer.active_adapters)
             layer.rounding = Rounding()
         yield
         report_rounding(layer.rounding for layer in layers)
@@ -226,17 +231,7 @@ class IRDModel(Merges):
         super()._check_tied_modules(model, whole)
 
     def _check_merge_allowed(self) -> None:
-        """Refuse coded and sharded weights; merging writes to tied ones itself."""
-        for name, layer in layers_of(self.model).items():
-            if isinstance(layer, QuantizedLinear):
-                layer.merge()
-            for parameter, weight in layer.get_base_layer()._parameters.items():
-                if isinstance(weight, DTensor) and layer.has_entries(parameter):
-                    raise ValueError(
-                        f"'{name}.{parameter}' is sharded over devices; deltas can "
-                        "only be merged into whole weights. Save the adapter, and "
-                        "merge it into an unsharded model."
-                    )
+        """Allow tied weights, which PEFT warns of: all modules get what is written."""
 
     @classmethod
     def _get_adapter_state_dict(
@@ -247,10 +242,17 @@ class IRDModel(Merges):
         *args: Any,
         **kw: Any,
     ) -> dict[str, Tensor]:
+        everything = kw.get("state_dict", {})
+        _unmerge_embeddings(model, everything)
+        dtype = config.save_dtype and getattr(torch, config.save_dtype)
+        if dtype is not None:  # here, too: PEFT takes embeddings from it once more
+            for key in everything:
+                if VALUES in key:
+                    everything[key] = everything[key].to(dtype)
         state_dict: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, *args, **kw
         )
-        _unmerge_embeddings(model, kw.get("state_dict", {}))
+        state_dict.update(missing_codes(model, adapter_name, state_dict))
         # The config may have served another model since. Under FSDP only the state dict
         # has whole tensors, so shapes are read anew only where they must be.
         named = {cls._remove_adapter_name_from_key(k, adapter_name): v
@@ -260,10 +262,6 @@ class IRDModel(Merges):
             shapes = parameter_shapes(model, config.nnz_pattern)
         config.shape_pattern, config.format_version = shapes, FORMAT
         config.fingerprint = fingerprints(model, adapter_name, shapes)
-        if config.save_dtype is not None:
-            dtype = getattr(torch, config.save_dtype)
-            for key in [key for key in state_dict if VALUES in key]:
-                state_dict[key] = state_dict[key].to(dtype)
         modules = config.nnz_pattern
         return {name_alone(key, modules): v for key, v in state_dict.items()}
 
@@ -297,6 +295,7 @@ class IRDModel(Merges):
             if is_new and not config.ignore_base_mismatch:
                 check_base(base, entries, config.fingerprint or {})
         if expected != counts:
+            check_tied_heads(base, config, expected)
             resize(model, config, adapter_name, expected)
         if saved:
             for layer in layers_of(model).values():
@@ -317,5 +316,4 @@ def _unmerge_embeddings(model: Any, tensors: dict[str, Tensor]) -> None:
     for name, layer in layers_of(model).items():
         key = keys.get(f"{name}.weight")
         if key is not None and any(layer.get_base_layer() is m for m in embeddings):
-            for owner, owned in ((layer, "weight"), *layer._shared.get("weight", ())):
-                tensors[key] = owner.before_merging(owned, tensors[key])
+            tensors[key] = layer.before_merging("weight", tensors[key])

@@ -211,7 +211,10 @@ def test_the_head_of_one_adapter_is_taken_over_and_of_several_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["one", "four"], [1.0, 1.0], "new"), "Adapter four does not exist"),
+        (
+            (["one", "four"], [1.0, 1.0], "new"),
+            "four does not exist; there are one, two, ",
+        ),
         ((["one"], [1.0], "two"), "Adapter with name 'two' already exists"),
         (([], [], "new"), "`adapters` must name distinct adapters"),
         ((["one", "one"], [1.0, 1.0], "new"), "`adapters` must name distinct"),
@@ -230,6 +233,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(arguments, message):
         model.add_weighted_adapter(*arguments)
     assert list(model.state_dict()) == keys
     assert model.peft_config == configs
+
+
+def test_an_interruption_leaves_no_combination(monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    model = with_three("bert")
+    monkeypatch.setattr("peft_ird.model.share_tied", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_weighted_adapter(ADAPTERS, WEIGHTS, "all")
+    assert list(model.peft_config) == ADAPTERS
 
 
 @pytest.mark.filterwarnings("ignore:The density 1.0 is greater:UserWarning")

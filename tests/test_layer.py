@@ -300,6 +300,17 @@ def test_the_weight_that_others_read_has_the_delta_in_it():
         assert layer.weight is layer.base_layer.weight
 
 
+def test_reading_a_weight_writes_to_none():
+    model, base, (x,) = adapted("Linear", 15, init_weights=False)
+    layer = model.base_model.model.inner
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(layer.weight, base.weight)
+        assert layer.merged
+        assert torch.equal(layer(x), base(x))
+        assert not layer.merged
+
+
 def test_multi_head_attention_uses_deltas_of_its_output_projection():
     torch.manual_seed(0)
     attention = Holder(nn.MultiheadAttention(4, 2, batch_first=True).double())

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
@@ -12,7 +13,10 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig, select_parameters
+from peft_ird.layers import merging
 from peft_ird.layers.layer import IRDLayer
+from peft_ird.layers.merging import check_merge
+from peft_ird.sparse.ops import scatter_
 from tests.conftest import make_batch, make_model
 from tests.oracles import TOL
 
@@ -232,3 +236,133 @@ def test_mixed_models_check_before_they_merge_and_report(finish):
                 entries.data = 1e-5 * torch.ones_like(entries)
     with pytest.warns(UserWarning, match="of the deltas to rounding"):
         getattr(model, finish)()
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def second_config(seed: int = 1, **options) -> IRDConfig:
+    return IRDConfig(budget=ENTRIES, method="random", seed=seed, **options)
+
+
+@pytest.mark.parametrize("finish", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_offloaded_weights_are_merged(finish, safe_merge):
+    model, x = adapted(torch.float32, 1.0), torch.randn(3, WIDTH)
+    expected = model(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    merged = getattr(model, finish)(safe_merge=safe_merge) or model
+    assert_close(merged(x), expected)
+
+
+@pytest.mark.parametrize("finish", ["merge_adapter", "merge_and_unload"])
+def test_all_loaded_entries_are_checked_before_any_is_written(finish):
+    source = adapted(torch.float32, 1.0)
+    state = copy.deepcopy(source.state_dict())
+    (code,) = (t for key, t in state.items() if "1.irdelta_coded" in key)
+    code[-1] ^= 1
+    model = adapted(torch.float32, 1.0)
+    model.load_state_dict(state)
+    before = parameters(model)
+    with pytest.raises(ValueError, match="'1"):
+        getattr(model, finish)()
+    assert unchanged(model, before)
+    assert not model.get_model_status().merged_adapters
+
+
+def test_a_safe_merge_looks_at_what_is_merged_alone():
+    model = adapted(torch.float32, torch.nan)
+    model.add_adapter("second", second_config(init_weights=False))
+    before = parameters(model)
+    model.merge_adapter([], safe_merge=True)
+    model.merge_adapter(["second"], safe_merge=True)
+    model.unmerge_adapter()
+    base = {n: p for n, p in before.items() if "irdelta" not in n}
+    found = parameters(model)
+    assert all(torch.equal(found[name], p) for name, p in base.items())
+
+
+def test_a_safe_merge_checks_the_sum_of_adapters():
+    model = adapted(torch.float16, 0.0)
+    model.add_adapter("second", second_config(seed=0, scope="per_module"))
+    layers = [m for m in model.modules() if isinstance(m, IRDLayer)]
+    for layer in layers:
+        for values in layer.irdelta_values.parameters():
+            values.data.fill_(40000.0)
+    before = parameters(model)
+    message = "adapter second seems to be broken, in '0'"
+    with pytest.raises(ValueError, match=message):
+        model.merge_adapter(["default", "second"], safe_merge=True)
+    assert unchanged(model, before)
+    with pytest.raises(ValueError, match=message):  # of a layer by itself, too
+        layers[0].merge(safe_merge=True, adapter_names=["default", "second"])
+    assert not layers[0].merged
+    assert not layers[0].irdelta_originals
+    assert unchanged(model, before)
+    model.merge_adapter(["default"], safe_merge=True)
+
+
+class Coded(nn.Linear):
+    """Codes of a weight that is there in no other form."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        codes = (100 * layer.weight.detach()).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) / 100).T
+
+
+def test_codes_refuse_those_adapters_alone_that_have_entries_in_them():
+    torch.manual_seed(0)
+    base = nn.Sequential(Coded(nn.Linear(8, 8)), nn.Linear(8, 8))
+    model = get_peft_model(base, second_config(target_modules=["0"]))
+    model.add_adapter("second", second_config(target_modules=["1"]))
+    check_merge(model.base_model, ["second"], safe_merge=True)
+    for names in (None, ["default"], ["second", "default"]):
+        with pytest.raises(ValueError, match="'0' is quantised; deltas can only be"):
+            model.merge_adapter(names)
+    assert not model.base_model.model[1].merged
+    model.merge_adapter(["second"])
+    assert model.base_model.model[1].merged_adapters == ["second"]
+
+
+@pytest.mark.parametrize("method", ["merge", "unmerge"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interruption_leaves_no_change_that_nobody_lists(
+    method, moment, monkeypatch
+):
+    model = adapted(torch.float32, 1.0)
+    model.add_adapter("second", second_config(scope="per_module", init_weights=False))
+    layer = model.base_model.model[0]
+    base = parameters(layer.base_layer)
+    calls = []
+
+    def interrupted(weight, indices, entries):
+        calls.append(weight)
+        if moment == "after":
+            scatter_(weight, indices, entries)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        if moment == "before":
+            scatter_(weight, indices, entries)
+
+    if method == "unmerge":
+        layer.merge(adapter_names=["default", "second"])
+    options = {} if method == "unmerge" else {"adapter_names": ["default", "second"]}
+    with monkeypatch.context() as patched:
+        patched.setattr(merging, "scatter_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(layer, method)(**options)
+    assert len(calls) >= 2
+    assert layer.merged == (method == "unmerge")
+    if layer.merged:
+        layer.unmerge()
+    assert unchanged(layer.base_layer, base)
+    assert not layer.irdelta_originals

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.testing import assert_close
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from peft_ird import IRDConfig, IRDModel, select_parameters
+from peft_ird import Calibration, IRDConfig, IRDModel, select_parameters
 from peft_ird.layers.layer import IRDLayer
 from tests.conftest import make_batch, make_model, make_samples, task_type
 from tests.oracles import TOL
@@ -199,6 +199,16 @@ def test_deleting_the_last_adapter_leaves_the_base(name):
     assert torch.equal(found, logits(make_model(name), name))
 
 
+def test_an_adapter_is_loaded_after_the_only_one_was_deleted(tmp_path):
+    model = adapted("llama")
+    model.save_pretrained(tmp_path)
+    expected = logits(model, "llama")
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path, "loaded")
+    model.set_adapter("loaded")
+    assert torch.equal(logits(model, "llama"), expected)
+
+
 def test_an_adapter_that_is_added_while_all_are_off_is_off_too(name):
     base = logits(make_model(name), name)
     model = adapted(name, budget=40, density=None)
@@ -214,6 +224,31 @@ def test_a_head_cannot_cover_entries_of_another_adapter():
     with pytest.raises(ValueError, match=r"`modules_to_save` covers 'bert\.pooler"):
         model.add_adapter("second", config("bert", modules_to_save=["pooler"]))
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize(
+    ("head", "target"),
+    [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")],
+)
+def test_a_tied_parameter_has_no_entries_beside_a_head_trained_whole(head, target):
+    untied = config("llama", target_modules=[target], density=0.5)
+    entries = IRDConfig(
+        task_type="CAUSAL_LM",
+        selection=select_parameters(make_model("llama-untied"), untied),
+    )
+    whole = config("llama", target_modules=["q_proj"], modules_to_save=[head])
+    for one, other, left_out in ((whole, entries, target), (entries, whole, head)):
+        model = get_peft_model(make_model("llama"), copy.copy(one))
+        before = set(model.state_dict())
+        message = (
+            f"`modules_to_save` covers '{head}', which shares a parameter with "
+            f"'{target}', .* Leave '{left_out}' out of the new adapter"
+        )
+        with pytest.raises(ValueError, match=message):
+            model.add_adapter("second", other)
+        assert list(model.peft_config) == ["default"]
+        assert set(model.state_dict()) == before
 
 
 def test_a_parameter_that_a_head_holds_is_no_candidate():
@@ -350,6 +385,42 @@ def test_a_selection_serves_one_injection(name):
         get_peft_model(make_model(name), settings)
 
 
+def test_a_selection_made_on_data_serves_one_injection():
+    options = {"density": 0.01, "num_samples": 8, "method": "fish"}
+    selection = select_parameters(
+        make_model("bert"), config("bert", **options), make_samples("bert")
+    )
+    settings = IRDConfig(task_type="SEQ_CLS", selection=selection)
+    model = get_peft_model(make_model("bert"), settings)
+    with pytest.raises(ValueError, match="it has been used: pass it again"):
+        model.add_adapter("second", settings)
+
+
+@pytest.mark.parametrize("other", ["llama", "wider"])
+def test_a_selection_made_on_another_model_says_so(other):
+    settings = config("bert", target_modules=["pooler.dense"], budget=9, density=None)
+    selection = select_parameters(make_model("bert"), settings)
+    model = make_model("llama")
+    if other == "wider":
+        model = make_model("bert")
+        model.bert.pooler.dense = nn.Linear(5, 5)
+    advice = r"`selection` .*\. Select on this model with `select_parameters`\.$"
+    with pytest.raises(ValueError, match=advice):
+        get_peft_model(model, IRDConfig(selection=selection))
+
+
+def test_an_interrupted_selection_leaves_no_adapter(name):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    model = adapted(name)
+    data = Calibration(make_samples(name), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_adapter("second", config(name, method="fish", calibration=data))
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("second", config(name))
+
+
 def test_a_failed_injection_keeps_the_selection(name):
     selection = select_parameters(
         make_model(name), config(name, budget=9, density=None)
@@ -401,12 +472,13 @@ def test_merged_outputs_are_those_of_the_active_adapter_and_unmerge_is_exact(
     assert not any(isinstance(m, IRDLayer) for m in merged.modules())
 
 
-def test_unload_gives_the_base_model_back(name):
+def test_unload_gives_the_base_model_back(name, capsys):
     base = make_model(name)
     expected = logits(base, name)
     weights = {n: p.clone() for n, p in base.named_parameters()}
     torch.manual_seed(1)
     unloaded = get_peft_model(base, config(name)).unload()
+    assert not capsys.readouterr().err  # no bar, as PEFT's own
     assert torch.equal(logits(unloaded, name), expected)
     found = dict(unloaded.named_parameters())
     assert list(found) == list(weights)
@@ -776,6 +848,16 @@ def test_compiled_models_have_no_graph_break(name):
     assert_close(output, expected, **TOL[torch.float32])
     for p, gradient in zip(values, gradients, strict=True):
         assert_close(p.grad, gradient, **TOL[torch.float32])
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_compiled_model_takes_what_its_state_dict_has(name):
+    model, other = adapted(name), torch.compile(adapted(name, seed=1))
+    state_dict = get_peft_model_state_dict(torch.compile(model))
+    assert all(key.startswith("_orig_mod.") for key in state_dict)
+    found = set_peft_model_state_dict(other, state_dict)
+    assert not found.unexpected_keys
+    assert torch.equal(logits(other._orig_mod, name), logits(model, name))
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")

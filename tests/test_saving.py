@@ -464,6 +464,41 @@ def test_values_are_saved_in_bfloat16_on_request_and_come_back_in_float32(
     assert set(kept) == {torch.float32}
 
 
+def test_embeddings_saved_whole_have_values_of_the_type_asked_for(tmp_path):
+    model = get_peft_model(make_model("llama"), config("llama", save_dtype="bfloat16"))
+    state = model.state_dict()
+    before = dict(state)
+    model.save_pretrained(tmp_path, save_embedding_layers=True, state_dict=state)
+    assert all(state[key] is tensor for key, tensor in before.items())
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("embed_tokens.base_layer" in key for key in file)
+    assert {v.dtype for k, v in file.items() if "values" in k} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_parameters_are_saved_with_their_indices(is_read, name, tmp_path):
+    model = get_peft_model(make_model(name), config(name))
+    expected = logits(model, name)
+    if not is_read:
+        model.save_pretrained(tmp_path / "first")
+        model = PeftModel.from_pretrained(make_model(name), tmp_path / "first")
+    state = {key: p.detach().clone() for key, p in model.named_parameters()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path)
+    assert torch.equal(logits(loaded, name), expected)
+
+
+def test_values_of_modules_without_indices_are_not_saved(tmp_path):
+    settings = config("bert", target_modules=["query"])
+    model = get_peft_model(make_model("bert"), settings)
+    model.add_adapter("second", config("bert"))
+    other = get_peft_model(make_model("bert"), config("bert"))
+    state = dict(other.named_parameters())
+    with pytest.raises(ValueError, match=r"has values for .* but no indices"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not list(tmp_path.glob("adapter*"))
+
+
 def test_an_unknown_type_to_save_in():
     with pytest.raises(ValueError, match="`save_dtype` must be one of None, 'float32'"):
         config("bert", save_dtype="int8")
@@ -638,6 +673,21 @@ def test_resized_embeddings_are_loaded_wherever_adapters_are(tmp_path):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_values_have_the_type_of_the_weights_without_autocast(
+    low_cpu_mem_usage, tmp_path
+):
+    get_peft_model(make_model("bert"), config("bert")).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        make_model("bert").bfloat16(),
+        tmp_path,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        autocast_adapter_dtype=False,
+    )
+    values = [p for n, p in loaded.named_parameters() if "irdelta_values" in n]
+    assert {p.dtype for p in values} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_loading_keeps_the_precision_of_values(low_cpu_mem_usage, tmp_path):
     model = get_peft_model(make_model("bert").bfloat16(), config("bert"))
     for parameter in model.parameters():
@@ -673,3 +723,14 @@ def test_the_card_says_what_to_import(adapter_name, tmp_path):
     model = get_peft_model(make_model("bert"), config("bert"), adapter_name)
     model.save_pretrained(tmp_path)
     assert "import peft_ird" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_the_card_of_another_adapter_is_left_alone(tmp_path):
+    lora = LoraConfig(target_modules=["query"])
+    get_peft_model(make_model("bert"), lora).save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_text("utf-8")
+    model = get_peft_model(make_model("bert"), config("bert"))
+    model.save_pretrained(tmp_path / "default")
+    model.peft_config["default"].save_pretrained(tmp_path / "alone")
+    assert (tmp_path / "README.md").read_text("utf-8") == before
+    assert "import peft_ird" in (tmp_path / "default" / "README.md").read_text("utf-8")

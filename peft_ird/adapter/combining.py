@@ -142,7 +142,10 @@ def add_combined(tuner: BaseTuner, adapter_name: str, rule: Combination) -> None
     """
     for adapter in rule.adapters:
         if adapter not in tuner.peft_config:
-            raise ValueError(f"Adapter {adapter} does not exist")
+            raise ValueError(
+                f"Adapter {adapter} does not exist; there are "
+                f"{', '.join(tuner.peft_config)}."
+            )
     if adapter_name in tuner.peft_config:
         raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
     sources = _sources_of_heads(tuner.model, rule.adapters)
@@ -152,7 +155,7 @@ def add_combined(tuner: BaseTuner, adapter_name: str, rule: Combination) -> None
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
     except BaseException:
-        del tuner.peft_config[adapter_name]
+        tuner.peft_config.pop(adapter_name, None)
         raise
     for module, layer in layers_of(tuner.model).items():
         for name, delta in deltas.get(module, {}).items():

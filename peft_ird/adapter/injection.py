@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,6 +21,8 @@ from peft_ird.layers.quantized import parameter_of
 from peft_ird.sparse.storage import plain_name, unwrapped_name
 
 __all__ = [
+    "FILE",
+    "Source",
     "adapter_counts",
     "announce",
     "as_named_here",
@@ -39,8 +42,23 @@ Counts = dict[str, dict[str, int]]
 Shapes = dict[str, dict[str, list[int]]]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What entries come from, and what to do if it does not fit the model."""
+
+    name: str
+    advice: str
+
+
+FILE = Source(
+    "The adapter",
+    "Load the base model that adapter_config.json names; modules of other names are "
+    "not found by a `key_mapping`.",
+)
+
+
 def parameter_shapes(
-    model: nn.Module, counts: Mapping[str, Mapping[str, int]]
+    model: nn.Module, counts: Mapping[str, Mapping[str, int]], source: Source = FILE
 ) -> Shapes:
     """Return the shapes of the parameters that are named; all must be there."""
     modules = dict(base_modules(base_model(model)))
@@ -50,10 +68,8 @@ def parameter_shapes(
             parameter = parameter_of(modules.get(module), name)
             if not isinstance(parameter, Tensor):
                 raise ValueError(
-                    f"The base model has no parameter '{module}.{name}', for which the "
-                    "adapter has entries. Load the base model that the adapter was "
-                    "made for; modules of other names are not found by a "
-                    "`key_mapping`."
+                    f"The base model has no parameter '{module}.{name}'. "
+                    f"{source.name} has entries for it. {source.advice}"
                 )
             shapes.setdefault(module, {})[name] = list(parameter.shape)
     return shapes

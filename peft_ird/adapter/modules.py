@@ -16,9 +16,8 @@ __all__ = ["base_model", "base_modules", "layers_of", "replace"]
 
 def base_model(model: Any) -> nn.Module:
     """Return the model inside the wrappers of PEFT and the compiler, if any."""
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    if isinstance(model, PeftMixedModel):
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PeftModel | PeftMixedModel):
         model = model.base_model
     if isinstance(model, BaseTuner):
         model = model.model

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_ird.adapter.modules import base_model, base_modules, layers_of
 from peft_ird.layers.kinds import wrap
 from peft_ird.selection.selection import Selection
 from peft_ird.sparse.fingerprint import differs
-from peft_ird.sparse.storage import Entries
+from peft_ird.sparse.storage import CODED, VALUES, Entries, plain_name
 
-__all__ = ["check_base", "fingerprints", "provenance"]
+__all__ = ["check_base", "fingerprints", "missing_codes", "provenance"]
 
 _MOST_SAMPLES = 128  # positions that are written down
 _PACKAGES = ("peft_ird", "torch", "peft", "transformers")
@@ -66,6 +66,40 @@ def fingerprints(
         if hashes:
             found[name] = hashes
     return found or None
+
+
+def missing_codes(
+    model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the coded indices that tensors have values for, but lack themselves.
+
+    They are no parameters, so ``dict(model.named_parameters())`` has none of them.
+
+    Args:
+        model: A model with the adapter.
+        adapter: The adapter's name.
+        tensors: Tensors of the adapter, as its state dict names them.
+
+    Raises:
+        ValueError: If the model has no such indices either.
+    """
+    layers = layers_of(model)
+    found: dict[str, Tensor] = {}
+    for key in tensors:
+        prefix, has_values, _ = key.partition(VALUES)
+        code = f"{prefix}{CODED}.{adapter}"
+        if not has_values or code in tensors or code in found:
+            continue
+        layer = layers.get(plain_name(prefix))
+        indices = layer._indices(adapter) if layer is not None else None
+        if layer is None or not indices:
+            raise ValueError(
+                f"`state_dict` has values for '{plain_name(prefix)}' but no indices, "
+                f"and the model's adapter '{adapter}' has none there. Pass the state "
+                "dict of this model."
+            )
+        found[code] = layer._code(indices, layer._numels[adapter])
+    return found
 
 
 def check_base(

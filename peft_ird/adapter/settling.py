@@ -6,10 +6,11 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_ird.adapter.injection import Shapes, parameter_shapes
-from peft_ird.adapter.modules import base_model, base_modules
+from peft_ird.adapter.injection import FILE, Shapes, Source, parameter_shapes
+from peft_ird.adapter.modules import base_model, base_modules, layers_of
 from peft_ird.adapter.record import check_base, provenance
 from peft_ird.adapter.targets import (
     check_names,
@@ -18,7 +19,6 @@ from peft_ird.adapter.targets import (
     select_parameters,
 )
 from peft_ird.config import IRDConfig
-from peft_ird.layers.layer import IRDLayer
 from peft_ird.layers.quantized import parameter_of
 from peft_ird.selection.criteria import METHODS
 from peft_ird.selection.settings import rounded
@@ -32,7 +32,9 @@ from peft_ird.sparse.storage import (
     unwrapped_name,
 )
 
-__all__ = ["check_sizes", "fitted", "same_names", "settle"]
+__all__ = ["check_sizes", "check_tied_heads", "fitted", "same_names", "settle"]
+
+_SELECTION = Source("`selection`", "Select on this model with `select_parameters`.")
 
 
 def settle(
@@ -71,8 +73,8 @@ def settle(
         selection = config.selection or select_parameters(model, config)
         counts = selection.counts
         _check_outside_heads(counts, config)
-        shapes = parameter_shapes(model, counts)
-        _check_shapes(shapes, selection.shapes)
+        shapes = parameter_shapes(model, counts, _SELECTION)
+        _check_shapes(shapes, selection.shapes, _SELECTION)
         selection.check()
         _check_size(config, len(selection), selection.num_candidates)
         if selection is config.selection and selection.method in METHODS:
@@ -82,6 +84,7 @@ def settle(
         config.provenance, config.fingerprint = provenance(selection), None
     for name, parameters in counts.items():
         check_names(name, parameters)
+    check_tied_heads(model, config, counts)
     config.nnz_pattern, config.shape_pattern = counts, shapes
 
 
@@ -153,13 +156,50 @@ def _check_size(config: IRDConfig, size: int, candidates: int) -> None:
 
 def _check_heads(model: nn.Module, config: IRDConfig) -> None:
     """Refuse to train a module whole that has entries of another adapter in it."""
-    taken = [n for n, m in model.named_modules() if isinstance(m, IRDLayer)]
-    for name in taken:
-        if is_in_head(unwrapped_name(name), config):
-            raise ValueError(
-                f"`modules_to_save` covers '{name}', in which another adapter has "
-                "selected entries. Leave it out, or use a model without that adapter."
-            )
+    for name, layer in layers_of(model).items():
+        if is_in_head(name, config):
+            owners = [o for each in layer._shared.values() for o, _ in each]
+            has_own = any(map(layer.entry_counts, layer.irdelta_values))
+            module = name if has_own or not owners else owners[0].path
+            _refuse_head(name, module, new=name)
+
+
+def check_tied_heads(
+    model: nn.Module, config: IRDConfig, counts: Mapping[str, Mapping[str, int]]
+) -> None:
+    """Refuse entries of a parameter that another adapter's head holds, too.
+
+    A head that is trained whole computes with a copy, which no delta reaches.
+
+    Args:
+        model: The base model.
+        config: The configuration of the adapter.
+        counts: The adapter's entries.
+
+    Raises:
+        ValueError: If there is such a head.
+    """
+    heads = {
+        id(parameter): unwrapped_name(name)
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for parameter in module.original_module.parameters()
+    }
+    modules = dict(base_modules(base_model(model)))
+    for module, names in counts.items():
+        for name in names:
+            head = heads.get(id(parameter_of(modules[module], name)))
+            if head is not None and not is_in_head(head, config):
+                _refuse_head(head, module, new=module)
+
+
+def _refuse_head(head: str, module: str, new: str) -> None:
+    tie = "" if head == module else f", which shares a parameter with '{module}'"
+    raise ValueError(
+        f"`modules_to_save` covers '{head}'{tie}, in which another adapter has "
+        f"selected entries. Leave '{new}' out of the new adapter, or use a model "
+        "without the other."
+    )
 
 
 def _check_outside_heads(counts: Mapping[str, Any], config: IRDConfig) -> None:
@@ -185,15 +225,17 @@ def same_names(counts: Mapping[str, Any], shapes: Mapping[str, Any]) -> bool:
     return names(counts) == names(shapes)
 
 
-def _check_shapes(shapes: Shapes, expected: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_shapes(
+    shapes: Shapes, expected: Mapping[str, Mapping[str, Any]], source: Source = FILE
+) -> None:
     for module, parameters in expected.items():
         for name, shape in parameters.items():
             found = shapes.get(module, {}).get(name)
             if found is not None and not _fits(list(shape), found):
                 raise ValueError(
-                    f"The adapter was made for another base model: its "
+                    f"{source.name} was made for another base model: its "
                     f"'{module}.{name}' has shape {list(shape)}, here it is {found}. "
-                    "Load the base model that adapter_config.json names."
+                    f"{source.advice}"
                 )
 
 

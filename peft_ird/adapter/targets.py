@@ -1,5 +1,6 @@
 """The parameters that a configuration targets, and the selection among them."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -168,7 +169,7 @@ def resolve_targets(model: nn.Module, config: IRDConfig) -> list[str]:
     Raises:
         ValueError: If ``target_modules`` is given and matches no module.
     """
-    probe = config.__copy__()
+    probe = copy.copy(config)
     probe.modules_to_save = [*_heads(config)]
     include_all_linear_layers(probe, model)
     if isinstance(probe.target_modules, set):
@@ -215,7 +216,7 @@ def _in_layers(names: list[str], config: IRDConfig) -> list[str]:
     """Return the names inside the layers that the configuration asks for, if any."""
     if config.layers_to_transform is None:
         return names
-    probe = config.__copy__()
+    probe = copy.copy(config)
     probe.exclude_modules = probe.modules_to_save = None
     # PEFT looks at layers only where a suffix matched: the dot makes each name one.
     probe.target_modules = {name.rpartition(".")[2] for name in names}

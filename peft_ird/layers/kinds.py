@@ -233,13 +233,6 @@ class QuantizedLinear(Linear):
             return self.get_base_layer().weight
         return super().parameter_in_force(name)
 
-    def merge(self, *_: Any, **__: Any) -> None:
-        """Refuse to write into codes."""
-        raise ValueError(
-            f"'{self.path}' is quantised; deltas can only be merged into plain weights."
-            " Keep the adapter beside the model, or merge it into the unquantised one."
-        )
-
 
 # Kinds that rely on what the base class computes; a subclass may compute otherwise.
 _KINDS: list[tuple[type[nn.Module], type[IRDLayer]]] = [

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from peft_ird.layers.holding import Codes, Holding, device_of
 from peft_ird.layers.merging import Rounding
 from peft_ird.layers.mixed_batch import BASE, by_sample
+from peft_ird.layers.quantized import CodedWeight
 from peft_ird.layers.reading import Reading
 from peft_ird.layers.substitution import call_with_parameters, onloaded
 from peft_ird.sparse.delta import SparseDelta
@@ -180,6 +182,42 @@ class IRDLayer(Reading, Holding):
         parameter: Tensor = getattr(self.get_base_layer(), name)
         return parameter
 
+    def _check_writable(self, name: str) -> None:
+        weight = self._base_parameter(name)
+        if isinstance(weight, CodedWeight):
+            raise ValueError(
+                f"'{self.path}' is quantised; deltas can only be merged into plain "
+                "weights. Keep the adapter beside the model, or merge it into the "
+                "unquantised one."
+            )
+        if isinstance(weight, DTensor):
+            raise ValueError(
+                f"'{self.path}.{name}' is sharded over devices; deltas can only be "
+                "merged into whole weights. Save the adapter, and merge it into an "
+                "unsharded model."
+            )
+
+    def parameter_in_force(self, name: str) -> Any:
+        """Return a base parameter with the active deltas, or without if they are off.
+
+        Args:
+            name: The parameter.
+        """
+        if self.disable_adapters:  # reading writes nothing: `forward` unmerges
+            return self.before_merging(name, self._base_parameter(name))
+        return super().parameter_in_force(name)
+
+    def before_merging(self, name: str, weight: Tensor) -> Tensor:
+        """Return a base parameter as it was before anything was merged.
+
+        Args:
+            name: The parameter; what other layers have merged into it is undone, too.
+            weight: The parameter as it is now, or a copy; it is not changed.
+        """
+        for owner, owned_name in self._shared.get(name, ()):
+            weight = Holding.before_merging(owner, owned_name, weight)
+        return super().before_merging(name, weight)
+
     def get_delta_weight(self, adapter_name: str, name: str = "weight") -> Tensor:
         """Return an adapter's delta of one parameter as a dense tensor.
 
@@ -211,6 +249,8 @@ class IRDLayer(Reading, Holding):
                 "torchrun or accelerate launch, or show it one GPU by "
                 "CUDA_VISIBLE_DEVICES=0."
             )
+        if self.disable_adapters:
+            self._unmerge_all()
         if adapter_names is None:
             return self._run_or_pass(self._deltas_in_force(), *args, **kwargs)
         found = {name: self._deltas_in_force([name]) for name in {*adapter_names}}
@@ -221,6 +261,13 @@ class IRDLayer(Reading, Holding):
             return self._run_or_pass(found[name], *args, **kwargs)
 
         return by_sample(run, names, adapter_names, args, kwargs)
+
+    def _unmerge_all(self) -> None:
+        """Unmerge what this layer computes with, be it another that was written to."""
+        others = [owner for owners in self._shared.values() for owner, _ in owners]
+        for layer in (self, *others):
+            if layer.merged:
+                layer.unmerge()
 
     def _run_or_pass(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
         if not deltas:
@@ -249,11 +296,7 @@ class IRDLayer(Reading, Holding):
     def _own_deltas(
         self, adapters: Sequence[str] | None
     ) -> dict[str, list[SparseDelta]]:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return {}
-        if self.merged:
+        if self.disable_adapters or self.merged:
             return {}
         deltas: dict[str, list[SparseDelta]] = {}
         held = self.irdelta_values
@@ -298,7 +341,7 @@ class IRDLayer(Reading, Holding):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Tensor],
+        state_dict: dict[str, Tensor],
         prefix: str,
         metadata: Any,
         strict: bool,
@@ -311,6 +354,10 @@ class IRDLayer(Reading, Holding):
                 self._make_room(adapter, state_dict[key].numel())
             elif strict and adapter not in self.irdelta_coded:
                 missing.append(key)
+        for name, values in self.irdelta_values.named_parameters():
+            key = f"{prefix}irdelta_values.{name}"
+            if values.is_meta and key in state_dict:  # what takes its place is alike
+                state_dict[key] = state_dict[key].to(values.dtype)
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, *lists
         )

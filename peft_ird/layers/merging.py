@@ -7,13 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    onload_layer,
+)
 from torch import Tensor, nn
 
 from peft_ird._registration import BufferDict
 from peft_ird.sparse.ops import gather, scatter_
+from peft_ird.sparse.products import HALVES
 
-__all__ = ["Merging", "Rounding", "is_low_precision", "report_rounding"]
+__all__ = [
+    "Merging",
+    "Rounding",
+    "check_merge",
+    "is_low_precision",
+    "report_rounding",
+]
 
 logger = logging.getLogger(__name__)
 _TOLERATED = 0.1
@@ -63,7 +75,7 @@ def report_rounding(parts: Iterable[Rounding]) -> None:
 
 def is_low_precision(tensor: Tensor) -> bool:
     """Return whether adding small deltas to a tensor would lose many of them."""
-    return tensor.dtype in {torch.float16, torch.bfloat16}
+    return tensor.dtype in HALVES
 
 
 class Merging(BaseTunerLayer):  # type: ignore[misc]
@@ -73,6 +85,7 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
     irdelta_originals: Any  # adapter -> parameter -> what merging overwrote, and where
     merged_adapters: list[str]
     rounding: Rounding  # of the last merge
+    path: str  # the module's name
 
     def _indices(self, adapter_name: str) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -83,52 +96,98 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
     def _check(self, adapter: str) -> None:
         raise NotImplementedError
 
+    def _check_writable(self, name: str) -> None:
+        raise NotImplementedError
+
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> None:
         """Write the deltas into the base weights; the old entries are kept.
 
-        What low-precision weights lose of the deltas is in ``rounding`` afterwards.
+        What low-precision weights lose of the deltas is in ``rounding`` afterwards. An
+        error or an interruption leaves the weights as they were.
 
         Args:
-            safe_merge: Whether to check the result for NaN before anything is written.
+            safe_merge: Whether to refuse to write what is not finite.
             adapter_names: The adapters to merge. Default: the active ones.
 
         Raises:
-            ValueError: If ``safe_merge`` finds a value that is not finite.
+            ValueError: If an adapter cannot be merged, as `check_merge` says.
         """
         self.rounding = Rounding()
-        adapter_names = [*dict.fromkeys(check_adapters_to_merge(self, adapter_names))]
-        if safe_merge:
-            self.check_finite(adapter_names)
-        for adapter in adapter_names:
-            if adapter not in self.irdelta_values:
-                continue
-            self._check(adapter)
-            merged = self._merged_entries(adapter)
-            self._keep_originals(adapter, merged)
-            for name, written in merged.items():
-                self.rounding += self._lost(adapter, name, written)
-            for name, indices in self._indices(adapter).items():
-                scatter_(self._base_parameter(name).data, indices, merged[name])
-            self.merged_adapters.append(adapter)
+        names = self._to_merge(check_adapters_to_merge(self, adapter_names))
+        self.check_merge(names)
+        count = len(self.merged_adapters)
+        try:
+            for adapter in names:
+                self._merge_one(adapter, safe_merge)
+        except BaseException:
+            while len(self.merged_adapters) > count:
+                self._unmerge_last()
+            for adapter in {*names} & {*self.irdelta_originals}:
+                del self.irdelta_originals[adapter]
+            raise
 
-    def check_finite(self, adapter_names: Sequence[str]) -> None:
-        """Check that merging adapters would write finite numbers only.
+    def _merge_one(self, adapter: str, safe_merge: bool) -> None:
+        merged = self._merged_entries(adapter)
+        if safe_merge:
+            self._check_finite(adapter, merged.values())
+        self._keep_originals(adapter, merged)
+        self.merged_adapters.append(adapter)  # first: what is written can be undone
+        for name, written in merged.items():
+            self.rounding += self._lost(adapter, name, written)
+        for name, indices in self._indices(adapter).items():
+            scatter_(self._base_parameter(name).data, indices, merged[name])
+
+    def check_merge(
+        self, adapter_names: Sequence[str] | None, safe_merge: bool = False
+    ) -> None:
+        """Check that adapters can be merged here; nothing is written.
 
         Args:
-            adapter_names: The adapters.
+            adapter_names: The adapters to merge. Default: the active ones.
+            safe_merge: Whether to check that all sums are finite.
 
         Raises:
-            ValueError: If it would not.
+            ValueError: If their weights are quantised or sharded, if their entries are
+                damaged or for other weights, or if a sum is not finite.
         """
-        for adapter in adapter_names:
-            entries = self._merged_entries(adapter).values()
-            if not all(bool(part.isfinite().all()) for part in entries):
-                raise ValueError(
-                    "NaNs detected in the merged weights. The adapter "
-                    f"{adapter} seems to be broken"
-                )
+        names = self._to_merge(adapter_names)
+        for adapter in names:
+            for name in self.irdelta_values[adapter]:
+                self._check_writable(name)
+            self._check(adapter)
+        if safe_merge and names:
+            self._check_sums(names)
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """Return the adapters that have entries here and are not merged yet."""
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        return [
+            name
+            for name in dict.fromkeys(asked)
+            if name in self.irdelta_values and name not in self.merged_adapters
+        ]
+
+    def _check_sums(self, adapter_names: Sequence[str]) -> None:
+        """Merge adapters one after another into a copy of their entries."""
+        indices = {adapter: self._indices(adapter) for adapter in adapter_names}
+        for name in dict.fromkeys(name for each in indices.values() for name in each):
+            owners = [adapter for adapter in adapter_names if name in indices[adapter]]
+            union = torch.cat([indices[adapter][name] for adapter in owners]).unique()
+            entries = gather(self._base_parameter(name).data, union)
+            for adapter in owners:
+                at = torch.searchsorted(union, indices[adapter][name])
+                values = self.irdelta_values[adapter][name].detach()
+                entries[at] = _plus(entries[at], values)
+                self._check_finite(adapter, [entries])
+
+    def _check_finite(self, adapter: str, entries: Iterable[Tensor]) -> None:
+        if not all(bool(part.isfinite().all()) for part in entries):
+            raise ValueError(
+                "NaNs detected in the merged weights. The adapter "
+                f"{adapter} seems to be broken, in '{self.path}'."
+            )
 
     def unmerge(self) -> None:
         """Put the entries back that merging overwrote, bit for bit.
@@ -138,10 +197,14 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
         if not self.merged and len(self.irdelta_values):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            for name, kept in self.irdelta_originals[adapter].items():
-                _undo_(self._base_parameter(name).data, kept)
-            del self.irdelta_originals[adapter]
+            self._unmerge_last()
+
+    def _unmerge_last(self) -> None:
+        adapter = self.merged_adapters[-1]
+        for name, kept in self.irdelta_originals[adapter].items():
+            _undo_(self._base_parameter(name).data, kept)
+        self.merged_adapters.pop()  # last: an interrupted unmerge is taken up again
+        del self.irdelta_originals[adapter]
 
     def before_merging(self, name: str, weight: Tensor) -> Tensor:
         """Return a base parameter as it was before anything was merged.
@@ -176,11 +239,7 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
         for name, indices in self._indices(adapter).items():
             weight = self._base_parameter(name).data
             values = self.irdelta_values[adapter][name].detach()
-            common = weight.dtype
-            if is_low_precision(weight):
-                common = torch.promote_types(common, values.dtype)
-            old = gather(weight, indices).to(common)
-            merged[name] = (old + values.to(common)).to(weight.dtype)
+            merged[name] = _plus(gather(weight, indices), values)
         return merged
 
     def _lost(self, adapter: str, name: str, written: Tensor) -> Rounding:
@@ -203,6 +262,33 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
         self.irdelta_originals[adapter] = kept
 
 
+def check_merge(
+    tuner: BaseTuner, adapter_names: Sequence[str] | None, safe_merge: bool
+) -> None:
+    """Look at all layers before one of them is written to.
+
+    Args:
+        tuner: The tuner; layers of other kinds are left to it.
+        adapter_names: The adapters to merge. Default: the active ones.
+        safe_merge: Whether to check that all sums are finite.
+
+    Raises:
+        ValueError: If an adapter cannot be merged, as `Merging.check_merge` says.
+    """
+    for layer in tuner.model.modules():
+        if isinstance(layer, Merging) and layer._to_merge(adapter_names):
+            with onload_layer(layer):
+                layer.check_merge(adapter_names, safe_merge)
+
+
+def _plus(entries: Tensor, values: Tensor) -> Tensor:
+    """Return the sum in the type of the entries."""
+    common = entries.dtype
+    if is_low_precision(entries):
+        common = torch.promote_types(common, values.dtype)
+    return (entries.to(common) + values.to(common)).to(entries.dtype)
+
+
 def _undo_(weight: Tensor, kept: Mapping[str, Tensor]) -> None:
     """Put back what merging overwrote."""
     now = gather(weight, kept["indices"])
@@ -215,4 +301,6 @@ def _undone(now: Tensor, before: Tensor, written: Tensor) -> Tensor:
     common = torch.promote_types(now.dtype, torch.float32)
     added = now.to(common) - written.to(common)
     is_same = (now == written) | (now.isnan() & written.isnan())
-    return torch.where(is_same, before, (before.to(common) + added).to(now.dtype))
+    left = (before.to(common) + added).to(now.dtype)
+    # An interruption may have come before they were written, or after they were undone.
+    return torch.where(is_same | (now == before), before, left)
