@@ -13,14 +13,7 @@ from torch import Tensor
 
 from peft_ird.selection.gradients.dense import rows_of
 from peft_ird.selection.gradients.entrywise import Entrywise, Pick
-from peft_ird.selection.gradients.tiles import (
-    Factors,
-    Room,
-    grid,
-    multiply,
-    portions,
-    tiles,
-)
+from peft_ird.selection.gradients.tiles import Room, grid, tiles
 from peft_ird.selection.gradients.where import Where
 from peft_ird.sparse.products import HALVES, by_block, computable
 
@@ -79,24 +72,24 @@ class Outer(Entrywise):
             self._add_tiles(matrix, live)
 
     def _add_tiles(self, matrix: Tensor, kept: Sequence[int]) -> None:
-        """Form a few gradients at a time, in tiles that stay in the cache."""
-        tokens = {n: self.spans[n][1] - self.spans[n][0] for n in kept}
-        several = portions([n for n in kept if tokens[n] > 1])
-        factors = [self._factors(some) for some in several]
+        """Form one sample's gradient at a time, in tiles that stay in the cache."""
+        pairs = [self.factors(n) for n in kept]
+        several = [pair for pair in pairs if len(pair[0]) > 1]
         # With one token, the square of the product is the product of the squares.
-        single = [self.factors(n) for n in kept if tokens[n] == 1]
+        single = [pair for pair in pairs if len(pair[0]) == 1]
         squared = [torch.cat(side).square_() for side in zip(*single, strict=True)]
-        like, most = self.factors(kept[0])[0], max(map(len, several), default=1)
-        product, squares = Room(like), Room(like)
-        for rows, columns in grid(*self.shape, like):
-            buffer, sums = (room.of(most, rows, columns) for room in (product, squares))
-            sums.zero_()
+        product, squares = Room(pairs[0][0]), Room(pairs[0][0])
+        for rows, columns in grid(*self.shape, pairs[0][0]):
+            g, sums = product.of(rows, columns), squares.of(rows, columns)
             if squared:
-                sums[0].addmm_(squared[0][:, rows].t(), squared[1][:, columns])
-            for left, right in factors:
-                g = multiply((left[..., rows], right[..., columns]), buffer)
-                sums[: len(g)].addcmul_(g, g)
-            matrix[rows, columns].add_(sums.sum(0))
+                torch.mm(squared[0][:, rows].t(), squared[1][:, columns], out=sums)
+            for number, (left, right) in enumerate(several):
+                torch.mm(left[:, rows].t(), right[:, columns], out=g)
+                if number == 0 and not squared:
+                    torch.mul(g, g, out=sums)
+                else:
+                    sums.addcmul_(g, g)
+            matrix[rows, columns].add_(sums)
 
     def _add_blocks(self, matrix: Tensor, kept: Sequence[int]) -> None:
         """Form the gradients of many samples at once, for a device with many cores."""
@@ -125,7 +118,7 @@ class Outer(Entrywise):
         tokens = max(self.spans[n][1] - self.spans[n][0] for n in kept)
         if tokens * (rows + columns) > rows * columns:  # more work than forming g_n
             formed = (left.t() @ right for left, right in map(self.factors, kept))
-            return torch.cat([_squared_norms(gradient[None]) for gradient in formed])
+            return torch.stack([_squared_norm(gradient) for gradient in formed])
         left, right = (
             torch.bmm(side, side.transpose(1, 2)) for side in self._factors(kept)
         )
@@ -168,11 +161,11 @@ class Outer(Entrywise):
         if not self._is_tiled(where):
             return super().squared_norms_at(rows, where)
         norms = torch.zeros(len(rows), dtype=torch.float64)
-        for tile in tiles(map(self._factors, portions(rows)), where):
-            mask = torch.zeros_like(tile.buffer[0])
+        for tile in tiles(map(self.factors, rows), where):
+            mask = torch.zeros_like(tile.buffer)
             mask.view(-1)[tile.places] = 1
-            found = [_squared_norms(each.mul_(mask)) for each in tile.products()]
-            norms += torch.cat(found)
+            for n, product in enumerate(tile.products()):
+                norms[n] += _squared_norm(product.mul_(mask))
         return norms
 
     def squares_at(self, rows: Sequence[int], where: Where) -> Tensor:
@@ -180,11 +173,11 @@ class Outer(Entrywise):
         if not self._is_tiled(where):
             return super().squares_at(rows, where)
         found = computable(self.left[:0]).new_empty(len(where))
-        for tile in tiles(map(self._factors, portions(rows)), where):
+        for tile in tiles(map(self.factors, rows), where):
             sums = torch.zeros_like(tile.buffer)
-            for products in tile.products():
-                sums[: len(products)].addcmul_(products, products)
-            found[tile.entries] = sums.sum(0).view(-1)[tile.places]
+            for product in tile.products():
+                sums.addcmul_(product, product)
+            found[tile.entries] = sums.view(-1)[tile.places]
         return found
 
     def _is_tiled(self, where: Where) -> bool:
@@ -203,7 +196,7 @@ class Outer(Entrywise):
         spans = [self.spans[n] for n in kept]
         return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
-    def _factors(self, kept: Sequence[int]) -> Factors:
+    def _factors(self, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the factors of some samples, all of the same length."""
         tokens = self._tokens(kept)
         left, right = (
@@ -272,7 +265,7 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(computable(left).transpose(1, 2), computable(right))
 
 
-def _squared_norms(matrices: Tensor) -> Tensor:
-    """Return sums of squares in float64; one float32 sum can be off by 1e-3."""
-    norms: Tensor = torch.linalg.vector_norm(matrices, dim=2)
-    return norms.double().square().sum(1)
+def _squared_norm(matrix: Tensor) -> Tensor:
+    """Return the sum of squares in float64; one float32 sum can be off by 1e-3."""
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    return norms.double().square().sum()

@@ -1,27 +1,17 @@
-"""Products of factors in tiles that stay in a CPU's cache, one for each thread.
-
-A thread that forms and squares the product of a sample by itself waits for no other, as
-all would at each of several times as many smaller steps.
-"""
+"""Products of factors in tiles that stay in a CPU's cache."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, isqrt, prod
+from math import ceil, isqrt
 
 import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.where import Where
 
-__all__ = ["Factors", "Room", "Tile", "grid", "multiply", "portions", "tiles"]
+__all__ = ["Room", "Tile", "grid", "tiles"]
 
-# Left and right ones of a few samples, shapes ``[p, t, o]`` and ``[p, t, i]``.
-Factors = tuple[Tensor, Tensor]
-
-# What stays in the cache while it is squared and added: of a thread, and of all.
-_TILE_BYTES = 4 << 20
-_TILES_BYTES = 8 << 20
-_LEAST_BYTES = 1 << 20  # of a thread; a product of less takes longer
+_TILE_BYTES = 4 << 20  # what stays in the cache while it is squared and added
 
 
 class Room:
@@ -34,10 +24,10 @@ class Room:
     def __init__(self, like: Tensor) -> None:
         self._flat = like.new_empty(0)
 
-    def of(self, samples: int, rows: slice, columns: slice) -> Tensor:
-        """Return matrices of that size; what was there before is lost."""
-        shape = samples, rows.stop - rows.start, columns.stop - columns.start
-        size = prod(shape)
+    def of(self, rows: slice, columns: slice) -> Tensor:
+        """Return a matrix of that size; what was there before is lost."""
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        size = shape[0] * shape[1]
         if self._flat.numel() < size:
             self._flat = self._flat.new_empty(size)
         return self._flat[:size].view(shape)
@@ -50,31 +40,19 @@ class Tile:
     Args:
         entries: Which of the entries lie in it. Shape ``[k]``, int64.
         places: Their flat positions in it. Shape ``[k]``, int64.
-        factors: What it is the product of, a few samples at a time.
-        buffer: Where products are formed. Shape ``[p, rows, columns]``.
+        pairs: The factors of each sample that it is the product of.
+        buffer: Where products are formed. Shape ``[rows, columns]``.
     """
 
     entries: Tensor
     places: Tensor
-    factors: Sequence[Factors]
+    pairs: Sequence[tuple[Tensor, Tensor]]
     buffer: Tensor
 
     def products(self) -> Iterator[Tensor]:
-        """Yield the products of a few samples each; the next ones overwrite them."""
-        for each in self.factors:
-            yield multiply(each, self.buffer)
-
-
-def portions(samples: Sequence[int]) -> list[Sequence[int]]:
-    """Divide samples into portions of one for each thread."""
-    size = torch.get_num_threads()
-    return [samples[first : first + size] for first in range(0, len(samples), size)]
-
-
-def multiply(factors: Factors, buffer: Tensor) -> Tensor:
-    r"""Form :math:`L_n^\top R_n` of a few samples at the beginning of a buffer."""
-    left, right = factors
-    return torch.bmm(left.transpose(1, 2), right, out=buffer[: len(left)])
+        """Yield the product of each sample; the next one overwrites it."""
+        for left, right in self.pairs:
+            yield torch.mm(left.t(), right, out=self.buffer)
 
 
 def grid(rows: int, columns: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -88,8 +66,7 @@ def grid(rows: int, columns: int, like: Tensor) -> Iterator[tuple[slice, slice]]
         columns: Of the matrix.
         like: A tensor of its dtype.
     """
-    share = max(_LEAST_BYTES, _TILES_BYTES // torch.get_num_threads())
-    area = max(1, min(share, _TILE_BYTES) // like.element_size())
+    area = max(1, _TILE_BYTES // like.element_size())
     width = _evenly(columns, min(2 * rows, isqrt(area)))
     height = _evenly(rows, area // max(1, width))
     for top in range(0, rows, height):
@@ -105,33 +82,33 @@ def _evenly(size: int, most: int) -> int:
     return max(1, ceil(size / max(1, ceil(size / max(1, most)))))
 
 
-def tiles(factors: Iterable[Factors], where: Where) -> Iterator[Tile]:
+def tiles(factors: Iterable[tuple[Tensor, Tensor]], where: Where) -> Iterator[Tile]:
     r"""Yield the block of used rows and columns of products, tile by tile.
 
     Args:
-        factors: L and R of a few samples each, on the CPU; the products are
-            :math:`L_n^\top R_n`.
+        factors: L and R of each sample, shapes ``[t, o]`` and ``[t, i]``, on the CPU;
+            its product is :math:`L^\top R`.
         where: The entries.
     """
     used, columns, place = where.used
-    chosen = [
-        (left.index_select(2, used), right.index_select(2, columns))
+    pairs = [
+        (left.index_select(1, used), right.index_select(1, columns))
         for left, right in factors
     ]
     row, column = place // len(columns), place % len(columns)
-    room, most = Room(chosen[0][0]), len(chosen[0][0])
-    for rows, chunk in grid(len(used), len(columns), chosen[0][0]):
+    room = Room(pairs[0][0])
+    for rows, chunk in grid(len(used), len(columns), pairs[0][0]):
         first, last = torch.searchsorted(
             row, torch.tensor([rows.start, rows.stop])
         ).tolist()
         here = column[first:last]
         entries = ((here >= chunk.start) & (here < chunk.stop)).nonzero().flatten()
         entries += first
-        buffer = room.of(most, rows, chunk)
+        buffer = room.of(rows, chunk)
         below, right_of = row[entries] - rows.start, column[entries] - chunk.start
         yield Tile(
             entries,
-            below * buffer.shape[2] + right_of,
-            [(left[..., rows], right[..., chunk]) for left, right in chosen],
+            below * buffer.shape[1] + right_of,
+            [(left[:, rows], right[:, chunk]) for left, right in pairs],
             buffer,
         )
