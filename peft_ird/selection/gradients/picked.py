@@ -129,7 +129,7 @@ class Picked:
             return True
         if index.dtype == torch.bool:
             index = index.nonzero()[:, 0]
-        owner = index.flatten() // max(1, source.shape[0] // self.size)
+        owner = index.flatten().long() // max(1, source.shape[0] // self.size)
         each, rest = divmod(len(owner), self.size)
         if rest:
             return False

@@ -162,9 +162,8 @@ class Recorder:
 
     def is_known(self, tensor: Any) -> bool:
         """Return whether a tensor is a parameter, or stands for one."""
-        return self.number(self.flipped(tensor)) is not None or (
-            self.number(tensor) is not None
-        )
+        flipped = self.flipped(tensor)
+        return self.number(tensor if flipped is None else flipped) is not None
 
     def refuse(self, tensors: Iterable[Tensor]) -> None:
         """Note the parameters among the arguments of a call that was left alone."""
