@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from peft_ird import Calibration, IRDConfig, _registration
+from peft_ird.layers import holding
 from peft_ird.layers.layer import IRDLayer
 from tests import oracles
 from tests.conftest import make_batch, make_model, make_samples, task_type
@@ -734,3 +735,14 @@ def test_the_card_of_another_adapter_is_left_alone(tmp_path):
     model.peft_config["default"].save_pretrained(tmp_path / "alone")
     assert (tmp_path / "README.md").read_text("utf-8") == before
     assert "import peft_ird" in (tmp_path / "default" / "README.md").read_text("utf-8")
+
+
+def test_indices_take_the_type_that_the_weight_at_hand_needs(tmp_path, monkeypatch):
+    """A table may have grown past 2^31 entries since the file was written."""
+    model = get_peft_model(make_model("bert"), config("bert", density=0.3))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(holding, "index_dtype", lambda _: torch.int64)
+    loaded = PeftModel.from_pretrained(make_model("bert"), tmp_path)
+    layers = [m for m in loaded.modules() if isinstance(m, IRDLayer)]
+    found = {at.dtype for m in layers for at in m._indices("default").values()}
+    assert found == {torch.int64}

@@ -35,9 +35,10 @@ class Dense(Entrywise):
         """See `SampleGradients`."""
         values = rows_of(self.values, kept)
         total = values.new_zeros(len(kept), dtype=torch.float64)
-        width = min(max(1, _CHUNK // len(kept)), values.shape[1])
-        room = values.new_empty(len(kept), width, dtype=torch.float64)
-        for part in values.split(max(1, width), 1):
+        width = max(1, _CHUNK // len(kept))
+        size = min(width, values.shape[1])
+        room = values.new_empty(len(kept), size, dtype=torch.float64)
+        for part in values.split(width, 1):
             total += room[:, : part.shape[1]].copy_(part).square_().sum(1)
         return total
 

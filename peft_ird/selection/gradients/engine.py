@@ -21,9 +21,10 @@ from peft_ird.selection.gradients.forms import SampleGradients
 from peft_ird.selection.gradients.kept import KeptGradients
 from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.gradients.ranks import Ranks
+from peft_ird.selection.gradients.recorder import Observer
 from peft_ird.selection.gradients.singles import Singles
 from peft_ird.selection.gradients.statistics import ACCUMULATOR_BYTES, Statistic
-from peft_ird.selection.gradients.together import Together, size_of
+from peft_ird.selection.gradients.together import Passed, Together, size_of
 from peft_ird.selection.gradients.trial import Outcome, Trial
 
 __all__ = ["Engine"]
@@ -257,12 +258,7 @@ class Engine:
         Raises:
             ValueError: If a sample's loss is not finite.
         """
-        try:
-            return self.together.run(batch, (), lambda *_: None).loss
-        except FloatingPointError:
-            positions = [sample.position for sample in batch]
-            self.name_what_is_not_finite(positions, range(len(self._pool.sizes)))
-            raise
+        return self._run_together(batch, (), lambda *_: None).loss
 
     def _run_batch(
         self, batch: Sequence[Sample], parts: Sequence[int], statistic: Statistic
@@ -274,14 +270,22 @@ class Engine:
         def observe(part: int, gradients: SampleGradients) -> None:
             statistic.update(part, gradients, rows, positions)
 
-        try:
-            passed = self.together.run(batch, parts, observe)
-        except FloatingPointError:
-            self.name_what_is_not_finite(positions, parts)
-            raise
+        passed = self._run_together(batch, parts, observe)
         if passed.losses is not None and self.prepare(positions).has_losses:
             self.losses.update(zip(positions, passed.losses.tolist(), strict=True))
         return passed.misfits
+
+    def _run_together(
+        self, batch: Sequence[Sample], parts: Sequence[int], observe: Observer
+    ) -> Passed:
+        """Take a batch through the model; name the sample if a loss is not finite."""
+        try:
+            return self.together.run(batch, parts, observe)
+        except FloatingPointError:
+            positions = [sample.position for sample in batch]
+            every = range(len(self._pool.sizes))
+            self.name_what_is_not_finite(positions, parts or every)
+            raise
 
     def _run_alone(
         self, position: int, parts: Sequence[int], statistic: Statistic

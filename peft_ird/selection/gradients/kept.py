@@ -108,11 +108,7 @@ class _Batch:
         self.positions = tuple(self.positions[n] for n in rows)
 
     def update(
-        self,
-        part: int,
-        gradients: SampleGradients,
-        rows: Sequence[int],
-        positions: Sequence[int],  # noqa: ARG002 (the interface)
+        self, part: int, gradients: SampleGradients, rows: Sequence[int], *_: object
     ) -> None:
         """See `Statistic`."""
         self.gradients[part] = gradients.only(rows, _own)

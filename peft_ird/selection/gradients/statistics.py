@@ -92,6 +92,8 @@ class SquareSum:
 
     def _mean(self, part: int, count: int) -> Tensor:
         total = self.totals.pop(part).div_(count)
+        if total.dtype == self._dtype:
+            return total
         mean = total.view(self._dtype)[: len(total)]
         for some, of in zip(mean.split(_CHUNK), total.split(_CHUNK), strict=True):
             some.copy_(of.clone())  # what is written over has been read
