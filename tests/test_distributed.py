@@ -1,6 +1,7 @@
 """Several processes select what one does."""
 
 import importlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,11 @@ def selections():
     """What is selected with each method and option, in float32."""
     torch.set_num_threads(1)
     found = {}
-    for kind in ("bert", "llama", "t5"):
-        data = Calibration(make_samples(kind, 17))
+    for kind, size in itertools.product(("bert", "llama", "t5"), (None, 2)):
+        data = Calibration(make_samples(kind, 17), batch_size=size)
         for method, settings in SETTINGS.items():
             config = IRDConfig(task_type=task_type(kind), method=method, **settings)
-            found[kind, method] = facts(
+            found[kind, size, method] = facts(
                 select_parameters(make_model(kind), config, data)
             )
     data = Calibration(make_samples("bert", 17))
@@ -174,17 +175,20 @@ def test_every_process_selects_what_one_does_and_hears_of_errors(
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_work_is_dealt_out_once_and_evenly(size):
+def test_work_is_dealt_out_once_and_in_order(size):
     ranks = [Ranks() for _ in range(size)]
     for rank, each in enumerate(ranks):
         each.rank, each.size = rank, size
     work = list(range(23))
-    costs = [float((7 * i) % 11 + 1) for i in work]
-    shares = [each.share(work, costs) for each in ranks]
-    assert sorted(i for share in shares for i in share) == work
-    assert all(share == sorted(share) for share in shares)
-    loads = [sum(costs[i] for i in share) for share in shares]
-    assert max(loads) - min(loads) <= max(costs)
+    dealt = [list(each.rounds(work)) for each in ranks]
+    assert len({len(each) for each in dealt}) == 1  # none waits for another
+    rounds = list(zip(*dealt, strict=True))
+    pieces = [own for one in rounds for _, own in one]
+    assert pieces[:23] == work
+    assert set(pieces[23:]) <= {None}
+    for one in rounds:
+        every = [own for _, own in one if own is not None]
+        assert all(list(of_all) == every for of_all, _ in one)
 
 
 @pytest.fixture

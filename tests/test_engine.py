@@ -1849,8 +1849,8 @@ class TestMemory:
         taken = []
 
         class Watched(fisher.SquareSumAt):
-            def __init__(self, pool: Pool, chosen: Any) -> None:
-                super().__init__(pool, chosen)
+            def __init__(self, pool: Pool, chosen: Any, ranks: Any) -> None:
+                super().__init__(pool, chosen, ranks)
                 sums = sum(total.nbytes for total in self.totals.values())
                 taken.append(sums + sum(where.flat.nbytes for where in chosen.values()))
 
@@ -1875,7 +1875,7 @@ class TestMemory:
         pool = find_candidates(model, config)
         largest = "bert.embeddings.word_embeddings.weight"
         assert model.get_parameter(largest).numel() == max(pool.sizes)
-        limit = 2 * 8 * max(pool.sizes) - 1
+        limit = 2 * 4 * max(pool.sizes) - 1
         message = f"`memory_limit` must.*'{largest}'.*{limit}"
         with pytest.raises(ValueError, match=message):
             select_parameters(model, config, make_samples("bert"), memory_limit=limit)

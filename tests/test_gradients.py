@@ -138,6 +138,19 @@ def test_gradients_are_added_with_their_signs(case, data):
     assert_close(total, expected, **TOL[torch.float64])
 
 
+@given(cases(torch.float32), few_bytes, st.booleans(), st.booleans(), st.data())
+def test_a_batch_is_added_to_each_entry_once(case, size, wide, squared, data):
+    """Then sums do not depend on where a process begins to add, to the last bit."""
+    kept = subset(data, len(case.gradients))
+    before = torch.randn(case.shape.numel())
+    total, alone = before.clone(), torch.zeros_like(before)
+    with constants(is_wide=wide, _TILE_BYTES=size, _BLOCK_BYTES=size):
+        for each in (total, alone):
+            add = case.form.add_squares_ if squared else case.form.add_sum_
+            add(each, kept)
+    assert torch.equal(total, before + alone)
+
+
 @given(cases(), st.data())
 def test_the_squared_norm_is_the_sum_of_all_squares(case, data):
     kept = subset(data, len(case.gradients))
@@ -163,7 +176,7 @@ def test_some_samples_alone_have_the_same_gradients(case, wide, data):
 def test_a_batch_lets_go_of_what_is_not_wanted_and_shares_its_inputs():
     left, right = torch.randn(2, 8, 3, 5), torch.randn(8, 3, 4)
     batch = KeptGradients()
-    keeper = batch.add(range(10, 18))
+    keeper = batch.add(range(30), range(10, 18))
     for part, side in enumerate(left):
         keeper.update(part, Outer(side, right), range(8), range(10, 18))
     batch.forget_all_but([*range(10, 15), 99])  # more than half

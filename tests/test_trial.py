@@ -248,7 +248,7 @@ class TestWhatIsHeld:
             estimator.remember(positions)
             kept = [
                 tensor
-                for batch in estimator._engine.kept._batches
+                for batch in estimator._engine.kept.batches(positions)
                 for gradients in batch.gradients.values()
                 for tensor in gradients.tensors()
             ]

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.gradients.engine import Engine
 from peft_ird.selection.gradients.limits import Limits
+from peft_ird.selection.gradients.ordered import bytes_per_entry
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.singles import Singles
 from peft_ird.selection.gradients.statistics import (
-    ACCUMULATOR_BYTES,
+    CHOSEN_BYTES,
     GradientSum,
     Scores,
     SquareSum,
@@ -40,8 +41,7 @@ S = TypeVar("S", bound=Statistic)
 
 # In float16 the smallest gradients of a loss near one would underflow.
 _HALF_SCALE = 1024.0
-# A sum, and the place in the parameter that it is of.
-_CHOSEN_BYTES = ACCUMULATOR_BYTES + torch.int64.itemsize
+_FEW_BYTES = 32 << 20  # of sums
 # What rounding may add to a score, or take from a norm.
 _ROUNDING = 1 + 1e-3
 # The norm of an outer product takes t^2 (o + i) steps, a score a share of t o i. This
@@ -87,7 +87,7 @@ class FisherEstimator:
         self._ranks = Ranks()
         limits = Limits.of(pool, calibration.batch_size, memory_limit, self._ranks)
         self._most_bytes = limits.accumulator_bytes
-        self._groups = pool.groups(self._most_bytes, ACCUMULATOR_BYTES)
+        self._entry_bytes = bytes_per_entry(pool, self._ranks)
         singles = Singles(model, pool, calibration, fisher_type, seed)
         self._engine = Engine(singles, self._ranks, limits)
         if any(p.dtype == torch.float16 for p in pool.parameters):
@@ -173,12 +173,13 @@ class FisherEstimator:
         self._engine.prepare(samples)
         is_kept = self._engine.has_kept(samples)
         every = range(len(self.pool.sizes))
-        groups = self._groups
-        if is_kept:  # passes cost no model call, so each parameter has one
-            groups = [[part] for part in every]
+        # Over what is kept a pass costs no model call.
+        most_bytes = min(self._most_bytes, _FEW_BYTES) if is_kept else self._most_bytes
+        groups = self.pool.groups(most_bytes, self._entry_bytes)
+        if is_kept:
             self._check_used(every, self._engine.kept.parts())
         for parts in groups:
-            make = partial(kind, self.pool, parts)
+            make = partial(kind, self.pool, parts, self._ranks)
             total = self._summed(samples, parts, make, title)
             if not is_kept:  # a module may be in two groups
                 self._check_used(every if parts is groups[-1] else (), total.seen)
@@ -197,9 +198,7 @@ class FisherEstimator:
             statistic = make()
             if not self._engine.run(samples, parts, statistic, title):
                 continue
-            tensors = statistic.tensors()
-            self._ranks.sum_(tensors)
-            if all(math.isfinite(t.sum()) for t in tensors):
+            if all(map(_is_finite, statistic.end())):
                 return statistic
             self._engine.kept.forget_all_but(())
             if not self._engine.singles.lower_scale():
@@ -216,12 +215,10 @@ class FisherEstimator:
         """
         sizes = [len(flat) for flat in entries]
         every = self._where(entries)
-        for group in self.pool.groups(self._most_bytes, _CHOSEN_BYTES, sizes):
+        for group in self.pool.groups(self._most_bytes, CHOSEN_BYTES, sizes):
             chosen = {part: every[part] for part in group if part in every}
-            statistic = self._summed(
-                samples, list(chosen), partial(SquareSumAt, self.pool, chosen),
-                "Fisher information",
-            )  # fmt: skip
+            make = partial(SquareSumAt, self.pool, chosen, self._ranks)
+            statistic = self._summed(samples, list(chosen), make, "Fisher information")
             for part, total in statistic.totals.items():
                 yield part, total.div_(len(samples)).to(self.pool.dtype)
 
@@ -270,7 +267,7 @@ class FisherEstimator:
         chosen: Mapping[int, Where] | None = None,
     ) -> Tensor:
         """Return squared norms of gradients, or of their chosen entries."""
-        make = partial(Scores, samples, chosen)
+        make = partial(Scores, samples, chosen, self._ranks)
         return self._summed(samples, parts, make, "Sample scores").totals
 
     def _has_cheap_norms(self, samples: Sequence[int], parts: Sequence[int]) -> bool:
@@ -351,3 +348,8 @@ class FisherEstimator:
                 "their modules do; their entries come last: %s.",
                 ", ".join(new),
             )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all entries are; their sum might overflow, a mask takes memory."""
+    return not len(tensor) or all(map(math.isfinite, tensor.aminmax()))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import TypeVar
+from typing import NoReturn
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,18 +20,17 @@ from peft_ird.selection.gradients.dense import Dense
 from peft_ird.selection.gradients.forms import SampleGradients
 from peft_ird.selection.gradients.kept import KeptGradients
 from peft_ird.selection.gradients.limits import Limits
+from peft_ird.selection.gradients.ordered import bytes_per_entry
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.recorder import Observer
 from peft_ird.selection.gradients.singles import Singles
-from peft_ird.selection.gradients.statistics import ACCUMULATOR_BYTES, Statistic
+from peft_ird.selection.gradients.statistics import Receiver, Statistic
 from peft_ird.selection.gradients.together import Passed, Together, size_of
 from peft_ird.selection.gradients.trial import Outcome, Trial
 
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _WINDOW = 2048  # samples that are sorted by length together
 
@@ -111,24 +110,45 @@ class Engine:
         misfits: frozenset[int] = frozenset()
         together = [part for part in parts if part not in outcome.alone]
         alone = [part for part in parts if part in outcome.alone]
-        with self.raising_together():
-            self.kept.replay(samples, together, statistic)
-        rest = [s for s in samples if s not in self.kept.everywhere]
-        total = len(rest) * bool(together) + len(samples) * bool(alone)
+        self._replay(samples, together, statistic)
+        everywhere = self.kept.everywhere
+        rest = [s for s in samples if s not in everywhere] if together else []
+        total = len(rest) + len(samples) * bool(alone)
         if not total:  # on all processes alike
             return True
-        hidden = True if self.ranks.rank else None
-        with (
-            self.raising_together(),
-            tqdm(total=total, desc=title, leave=False, disable=hidden) as bar,
-        ):
-            for batch in self._share(self.batches(rest)) if together else ():
-                misfits |= self._run_batch(batch, together, statistic)
-                bar.update(len(batch) * self.ranks.size)
-            for position in self._share(samples) if alone else ():
-                self._run_alone(position, alone, statistic)
-                bar.update(self.ranks.size)
+        with self._bar(total, title) as bar:
+            with self.raising_together():
+                batches = self.batches(rest)
+            for every, batch in self.ranks.rounds(batches):
+                with self.raising_together():
+                    misfits |= self._run_batch(batch or (), together, statistic)
+                statistic.end_round(together)
+                bar.update(sum(map(len, every)))
+            for some, position in self.ranks.rounds(samples if alone else ()):
+                with self.raising_together():
+                    if position is not None:
+                        self._run_alone(position, alone, statistic)
+                statistic.end_round(alone)
+                bar.update(len(some))
         return self._fits(misfits)
+
+    def _replay(
+        self, samples: Sequence[int], parts: Sequence[int], statistic: Statistic
+    ) -> None:
+        """Hand out what is kept, parameter by parameter perhaps: many short rounds."""
+        error: Exception | None = None
+        for batch in self.kept.batches(samples):
+            try:
+                batch.hand_out(samples if error is None else (), parts, statistic)
+            except Exception as problem:  # the others are told after the last round
+                error = problem
+            statistic.end_round(parts)
+        self.ranks.raise_together(error)
+
+    def _bar(self, total: int, title: str) -> "tqdm[NoReturn]":
+        """Return a progress bar over samples; only the first process shows it."""
+        hidden = True if self.ranks.rank or not total else None
+        return tqdm(total=total, desc=title, leave=False, disable=hidden)
 
     def _fits(self, misfits: frozenset[int]) -> bool:
         """Let what does not fit go alone on all processes; return whether all fits."""
@@ -158,17 +178,16 @@ class Engine:
         together = [part for part in parts if part not in outcome.alone]
         with self.raising_together():
             fitting = list(self._fitting(samples, outcome)) if together else []
-        total = sum(map(len, fitting))
-        hidden = True if self.ranks.rank or not total else None
         with (
             self.raising_together(),
-            tqdm(total=total, desc="Gradients", leave=False, disable=hidden) as bar,
+            self._bar(sum(map(len, fitting)), "Gradients") as bar,
         ):
-            for batch in self._share(fitting):
-                positions = [sample.position for sample in batch]
-                misfits |= self._run_batch(batch, together, self.kept.add(positions))
-                bar.update(len(batch) * self.ranks.size)
-        self.kept.everywhere = frozenset(s.position for b in fitting for s in b)
+            for every, batch in self.ranks.rounds(fitting):
+                positions = [sample.position for each in every for sample in each]
+                own = [sample.position for sample in batch or ()]
+                receiver = self.kept.add(positions, own)
+                misfits |= self._run_batch(batch or (), together, receiver)
+                bar.update(len(positions))
         if not self._fits(misfits):
             self.remember(samples)
 
@@ -222,11 +241,6 @@ class Engine:
             "Load the model in float32, or look for samples with an enormous loss."
         )
 
-    def _share(self, work: Sequence[T]) -> list[T]:
-        """Return this process's share of batches or samples."""
-        costs = [size_of(each) if isinstance(each, list) else 1 for each in work]
-        return self.ranks.share(work, costs)
-
     @contextmanager
     def raising_together(self) -> Iterator[None]:
         """Raise an error on all processes, so that none waits for one that failed."""
@@ -261,14 +275,16 @@ class Engine:
         return self._run_together(batch, (), lambda *_: None).loss
 
     def _run_batch(
-        self, batch: Sequence[Sample], parts: Sequence[int], statistic: Statistic
+        self, batch: Sequence[Sample], parts: Sequence[int], receiver: Receiver
     ) -> frozenset[int]:
         """Hand a batch's gradients out; return the parameters that did not fit."""
+        if not batch:
+            return frozenset()
         positions = [sample.position for sample in batch]
         rows = range(len(batch))
 
         def observe(part: int, gradients: SampleGradients) -> None:
-            statistic.update(part, gradients, rows, positions)
+            receiver.update(part, gradients, rows, positions)
 
         passed = self._run_together(batch, parts, observe)
         if passed.losses is not None and self.prepare(positions).has_losses:
@@ -288,17 +304,18 @@ class Engine:
             raise
 
     def _run_alone(
-        self, position: int, parts: Sequence[int], statistic: Statistic
+        self, position: int, parts: Sequence[int], receiver: Receiver
     ) -> None:
         loss, gradients = self.singles.gradients(position, parts)
         self.losses[position] = loss
         for part, gradient in gradients.items():
-            statistic.update(part, Dense(gradient[None]), (0,), (position,))
+            receiver.update(part, Dense(gradient[None]), (0,), (position,))
 
     def _groups(self, parts: Sequence[int]) -> Iterator[list[int]]:
         """Divide parameters into groups whose gradients may be formed at once."""
         wanted = set(parts)
         limit = self._limits.accumulator_bytes
-        for group in self._pool.groups(limit, ACCUMULATOR_BYTES):
+        each = bytes_per_entry(self._pool, self.ranks)
+        for group in self._pool.groups(limit, each):
             if not wanted.isdisjoint(group):
                 yield [part for part in group if part in wanted]

@@ -8,7 +8,7 @@ Letters in shapes: ``n`` sample, ``t`` token, ``o`` rows and ``i`` columns of th
 parameter, ``k`` chosen entries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -27,10 +27,13 @@ class SampleGradients(Protocol):
     """Gradients of the samples of one batch with respect to one parameter."""
 
     def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
-        r"""Add :math:`\sum_n g_n^2` over the samples ``kept`` to ``total``, 1-D."""
+        r"""Add :math:`\sum_n g_n^2` over the samples ``kept`` to ``total``, 1-D.
+
+        The sum is formed first, and added to each entry once.
+        """
 
     def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
-        r"""Add :math:`\sum_n g_n` over the samples ``kept`` to ``total``, 1-D."""
+        r"""Add :math:`\sum_n g_n` over the samples ``kept`` to ``total``, as above."""
 
     def squared_norms(self, kept: Sequence[int]) -> Tensor:
         r"""Return :math:`\sum_j g_n[j]^2` of some samples. 1-D, float64."""
@@ -70,21 +73,37 @@ class OuterAndRows(Entrywise):
 
     def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
-        self.outer.add_squares_(total, kept)
+        self._add_(
+            total, kept, self.outer.add_squares_, lambda sums, g: sums.addcmul_(g, g)
+        )
+
+    def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
+        """See `SampleGradients`."""
+        self._add_(total, kept, self.outer.add_sum_, Tensor.add_)
+
+    def _add_(
+        self,
+        total: Tensor,
+        kept: Sequence[int],
+        add_outer: Callable[[Tensor, Sequence[int]], None],
+        add_one: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """Add what the linear layer gives; rows that are looked up are summed apart."""
         matrix = total.view(self.outer.shape)
+        row = torch.cat([self.rows.part(n)[0] for n in kept]).unique()
+        before = matrix[row]
+        add_outer(total, kept)
+        sums = torch.zeros_like(before)
         for n in kept:
-            row, more = self._more(n)
-            matrix.index_add_(0, row, more.to(total.dtype))
+            mine, values = self.rows.part(n)
+            g = self.outer.rows_at(n, row)
+            add_one(sums, g.index_add_(0, torch.searchsorted(row, mine), values))
+        matrix[row] = before.add_(sums)
 
     def _more(self, n: int) -> tuple[Tensor, Tensor]:
         """Return (a + b)^2 - a^2 where the embedding adds b to the linear layer's a."""
         row, values = self.rows.part(n)
         return row, (2 * self.outer.rows_at(n, row) + values) * values
-
-    def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
-        """See `SampleGradients`."""
-        self.outer.add_sum_(total, kept)
-        self.rows.add_sum_(total, kept)
 
     def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""

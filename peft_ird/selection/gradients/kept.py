@@ -1,11 +1,11 @@
 """Gradients kept of samples, so that later passes need not call the model."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
 from peft_ird.selection.gradients.forms import SampleGradients
-from peft_ird.selection.gradients.statistics import Statistic
+from peft_ird.selection.gradients.statistics import Receiver
 
 __all__ = ["KeptGradients", "holds_more"]
 
@@ -13,22 +13,26 @@ __all__ = ["KeptGradients", "holds_more"]
 class KeptGradients:
     """The gradients of some batches, in the forms that backward passes left them.
 
-    Attributes:
-        everywhere: Positions of the samples that some process has, the same on all.
+    Of several processes each has one batch, or none, of every round.
     """
 
     def __init__(self) -> None:
-        self.everywhere: frozenset[int] = frozenset()
-        self._batches: list[_Batch] = []
+        self._rounds: list[tuple[frozenset[int], _Batch]] = []
 
-    def add(self, positions: Sequence[int]) -> Statistic:
-        """Return a statistic that keeps the gradients of a batch.
+    @property
+    def everywhere(self) -> frozenset[int]:
+        """Positions of the samples that some process has, the same on all."""
+        return frozenset().union(*(positions for positions, _ in self._rounds))
+
+    def add(self, everyones: Collection[int], positions: Sequence[int]) -> Receiver:
+        """Return what keeps the gradients of a batch.
 
         Args:
-            positions: Its samples' positions in the calibration data.
+            everyones: Positions of the samples of a round in the calibration data.
+            positions: Those of this process's batch.
         """
         batch = _Batch(tuple(positions))
-        self._batches.append(batch)
+        self._rounds.append((frozenset(everyones), batch))
         return batch
 
     def forget_all_but(self, samples: Sequence[int]) -> None:
@@ -39,35 +43,28 @@ class KeptGradients:
         Args:
             samples: Positions in the calibration data.
         """
-        wanted = set(samples)
-        self._batches = [b for b in self._batches if not wanted.isdisjoint(b.positions)]
-        for batch in self._batches:
+        wanted = frozenset(samples)
+        rounds = ((everyones & wanted, batch) for everyones, batch in self._rounds)
+        self._rounds = [(left, batch) for left, batch in rounds if left]
+        for _, batch in self._rounds:
             rows = batch.rows(wanted)
             if 2 * len(rows) <= len(batch.positions):
                 batch.shrink(rows)
-        self.everywhere &= wanted
 
     def parts(self) -> set[int]:
         """Return the parameters that gradients of this process are kept of."""
-        return {part for batch in self._batches for part in batch.gradients}
+        return {part for _, batch in self._rounds for part in batch.gradients}
 
-    def replay(
-        self, samples: Sequence[int], parts: Sequence[int], statistic: Statistic
-    ) -> None:
-        """Hand what is kept to a statistic.
+    def batches(self, samples: Collection[int]) -> Iterator["_Batch"]:
+        """Yield this process's batch of each round that has some of the samples.
 
         Args:
             samples: Positions in the calibration data.
-            parts: Numbers of the parameters.
-            statistic: What the gradients are handed to.
         """
-        wanted = set(samples)
-        for batch in self._batches:
-            rows = batch.rows(wanted)
-            positions = [batch.positions[n] for n in rows]
-            for part in parts if rows else ():
-                if part in batch.gradients:
-                    statistic.update(part, batch.gradients[part], rows, positions)
+        wanted = frozenset(samples)
+        for everyones, batch in self._rounds:
+            if not everyones.isdisjoint(wanted):
+                yield batch
 
 
 def holds_more(tensor: Tensor) -> bool:
@@ -80,7 +77,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 class _Batch:
-    """A statistic that keeps the gradients themselves."""
+    """A receiver that keeps the gradients themselves."""
 
     def __init__(self, positions: tuple[int, ...]) -> None:
         self.positions = positions
@@ -95,6 +92,8 @@ class _Batch:
 
         Layers that share their input have one tensor of it, before and after.
         """
+        if not rows:
+            self.gradients = {}
         picked: dict[tuple[object, ...], Tensor] = {}
 
         def pick(tensor: Tensor) -> Tensor:
@@ -110,9 +109,21 @@ class _Batch:
     def update(
         self, part: int, gradients: SampleGradients, rows: Sequence[int], *_: object
     ) -> None:
-        """See `Statistic`."""
+        """See `Receiver`."""
         self.gradients[part] = gradients.only(rows, _own)
 
-    def tensors(self) -> list[Tensor]:
-        """See `Statistic`."""
-        return []
+    def hand_out(
+        self, samples: Collection[int], parts: Sequence[int], receiver: Receiver
+    ) -> None:
+        """Hand out what is kept of some samples.
+
+        Args:
+            samples: Positions in the calibration data.
+            parts: Numbers of the parameters.
+            receiver: What the gradients are handed to.
+        """
+        rows = self.rows(samples)
+        positions = [self.positions[n] for n in rows]
+        for part in parts if rows else ():
+            if part in self.gradients:
+                receiver.update(part, self.gradients[part], rows, positions)

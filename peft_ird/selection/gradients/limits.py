@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_ird.selection.gradients.ordered import bytes_per_entry
 from peft_ird.selection.gradients.ranks import Ranks
-from peft_ird.selection.gradients.statistics import ACCUMULATOR_BYTES
 from peft_ird.selection.pool import Pool
 
 __all__ = ["Limits"]
@@ -66,7 +66,8 @@ class Limits:
         if memory_limit is None:
             kept = min(_MOST_KEPT, min(ranks.gather(_memory())) // 4)
             return cls(tokens, batch_size, _UNLIMITED, None, kept)
-        largest = max(pool.sizes) * ACCUMULATOR_BYTES
+        each = bytes_per_entry(pool, ranks)
+        largest = max(pool.sizes) * each
         if 2 * largest > memory_limit:
             name = pool.name(pool.sizes.index(max(pool.sizes)))
             raise ValueError(
@@ -74,7 +75,7 @@ class Limits:
                 f"accumulators for '{name}', got {memory_limit}. Raise it, or leave "
                 "that module out with `exclude_modules`."
             )
-        sums = min(len(pool) * ACCUMULATOR_BYTES, memory_limit // 2)
+        sums = min(len(pool) * each, memory_limit // 2)
         batch = memory_limit // 4
         kept = memory_limit - sums - batch
         return cls(tokens, batch_size, memory_limit // 2, batch, kept)

@@ -98,13 +98,16 @@ class Outer(Entrywise):
         step = min(rows, max(1, _BLOCK_BYTES // row_bytes))
         size = max(1, _BLOCK_BYTES // (step * row_bytes))
         for tile, start in zip(matrix.split(step), range(0, rows, step), strict=True):
+            sums = None
             for first in range(0, len(kept), size):
                 some = kept[first : first + size]
                 left = rows_of(self.left, some)[..., start : start + step]
                 g = _products(left, rows_of(self.right, some))
                 # One reading of what is formed, where squares and their sum take three.
-                norms = torch.linalg.vector_norm(g, dim=0)
-                tile.add_(norms.square_(), alpha=self.unscale**2)
+                squares = torch.linalg.vector_norm(g, dim=0).square_()
+                sums = squares if sums is None else sums.add_(squares)
+            if sums is not None:
+                tile.add_(sums, alpha=self.unscale**2)
 
     def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""

@@ -1,6 +1,6 @@
 """The processes that share a selection, or the only one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,33 +23,55 @@ class Ranks:
         self.size = dist.get_world_size() if is_on else 1
         self.rank = dist.get_rank() if is_on else 0
 
-    def share(self, work: Sequence[T], costs: Sequence[float]) -> list[T]:
-        """Return this process's share, in order; every piece goes to one process.
+    def rounds(self, work: Sequence[T]) -> Iterator[tuple[Sequence[T], T | None]]:
+        """Deal out work, a piece to each process in every round.
 
         Args:
             work: The same pieces of work on every process.
-            costs: What each piece costs; large ones are dealt out first.
-        """
-        if self.size == 1:
-            return list(work)
-        loads = [0.0] * self.size
-        mine = []
-        for i in sorted(range(len(work)), key=lambda i: (-costs[i], i)):
-            to = min(range(self.size), key=lambda rank: (loads[rank], rank))
-            loads[to] += costs[i]
-            if to == self.rank:
-                mine.append(i)
-        return [work[i] for i in sorted(mine)]
 
-    def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes."""
-        if self.size == 1:
-            return
-        for tensor in tensors:
+        Yields:
+            The pieces of a round, in the order of the ranks, and this process's; None
+            if there is none for it in the last round.
+        """
+        for first in range(0, len(work), self.size):
+            pieces = work[first : first + self.size]
+            yield pieces, pieces[self.rank] if self.rank < len(pieces) else None
+
+    def sums(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Replace each tensor by its sum over the processes, and return them."""
+        listed = list(tensors)
+        for tensor in listed if self.size > 1 else ():
             here = tensor.to(self._device(tensor))
             dist.all_reduce(here)
             if here is not tensor:
                 tensor.copy_(here)
+        return listed
+
+    def deal(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Give each process its share of a tensor.
+
+        Args:
+            tensor: 1-D, of a multiple of ``size`` entries, of as many on every process.
+
+        Returns:
+            This process's share of what each has, in the order of their ranks.
+        """
+        here = tensor.to(self._device(tensor))
+        dealt = torch.empty_like(here)
+        dist.all_to_all_single(dealt, here)
+        return dealt.to(tensor.device).chunk(self.size)
+
+    def collect_(self, tensor: Tensor, share: Tensor) -> None:
+        """Overwrite a tensor with the shares of all processes.
+
+        Args:
+            tensor: 1-D, of ``size`` times as many entries as a share.
+            share: This process's.
+        """
+        here = tensor.to(self._device(tensor))
+        dist.all_gather(list(here.chunk(self.size)), share.to(here.device))
+        if here is not tensor:
+            tensor.copy_(here)
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite each tensor with that of the first process."""

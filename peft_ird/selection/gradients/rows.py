@@ -59,14 +59,11 @@ class Rows(Entrywise):
     def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
         row, values = self._kept(kept)
-        squares = values.square().to(total.dtype)
-        total.view(-1, values.shape[-1]).index_add_(0, row, squares)
+        _add_once_(total, row, values.square())
 
     def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
-        row, values = self._kept(kept)
-        matrix = total.view(-1, values.shape[-1])
-        matrix.index_add_(0, row, values.to(total.dtype))
+        _add_once_(total, *self._kept(kept))
 
     def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""
@@ -101,6 +98,14 @@ class Rows(Entrywise):
     def tensors(self) -> Iterator[Tensor]:
         """See `SampleGradients`."""
         yield from (self.sample, self.row, self.values)
+
+
+def _add_once_(total: Tensor, row: Tensor, values: Tensor) -> None:
+    """Add rows to a matrix, those of the same place in one addition."""
+    distinct, place = row.unique(return_inverse=True)
+    sums = values.new_zeros(len(distinct), values.shape[-1])
+    sums.index_add_(0, place, values)
+    total.view(-1, values.shape[-1]).index_add_(0, distinct, sums.to(total.dtype))
 
 
 def join_rows(uses: Sequence[Rows]) -> Rows:

@@ -1,7 +1,7 @@
 """What is summed over samples: squares, gradients, scores. Accumulators of a stream.
 
-Sums over the samples of a batch are in the type of the gradients, sums over batches in
-float64, so that they do not depend on the order of the batches or on who adds them.
+Sums over all entries are in float32 (float64 for a float64 model) and are added in the
+order of the batches; those of few numbers are in float64, in any order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,24 +11,27 @@ import torch
 from torch import Tensor
 
 from peft_ird.selection.gradients.forms import SampleGradients
+from peft_ird.selection.gradients.ordered import OrderedSums
+from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.where import Where
 from peft_ird.selection.pool import Pool
 
 __all__ = [
-    "ACCUMULATOR_BYTES",
+    "CHOSEN_BYTES",
     "GradientSum",
+    "Receiver",
     "Scores",
     "SquareSum",
     "SquareSumAt",
     "Statistic",
 ]
 
-_CHUNK = 1 << 17  # entries that change their type at a time
-ACCUMULATOR_BYTES = torch.float64.itemsize
+# Of a chosen entry: its sum, and the place in the parameter that it is of.
+CHOSEN_BYTES = torch.float64.itemsize + torch.int64.itemsize
 
 
-class Statistic(Protocol):
-    """Something summed over samples, for each parameter or each sample."""
+class Receiver(Protocol):
+    """Something that gradients are handed to."""
 
     def update(
         self,
@@ -46,8 +49,22 @@ class Statistic(Protocol):
             positions: Their positions in the calibration data.
         """
 
-    def tensors(self) -> list[Tensor]:
-        """Return the sums so far."""
+
+class Statistic(Receiver, Protocol):
+    """Something summed over samples, for each parameter or each sample.
+
+    Of several processes each hands its own samples to a statistic of its own.
+    """
+
+    def end_round(self, parts: Sequence[int]) -> None:
+        """Go on to the next batches; all processes must call it alike.
+
+        Args:
+            parts: Numbers of the parameters that were asked for.
+        """
+
+    def end(self) -> list[Tensor]:
+        """Return the sums over the samples of all processes."""
 
 
 class SquareSum:
@@ -56,12 +73,12 @@ class SquareSum:
     Args:
         pool: The candidate entries.
         parts: Numbers of the parameters.
+        ranks: The processes.
     """
 
-    def __init__(self, pool: Pool, parts: Sequence[int]) -> None:
-        self.totals = {part: _zeros(pool, part, pool.sizes[part]) for part in parts}
+    def __init__(self, pool: Pool, parts: Sequence[int], ranks: Ranks) -> None:
+        self.totals = OrderedSums(pool, parts, ranks)
         self.seen: set[int] = set()
-        self._dtype = pool.dtype
 
     def update(
         self,
@@ -72,7 +89,7 @@ class SquareSum:
     ) -> None:
         """See `Statistic`."""
         self.seen.add(part)
-        self.add_(self.totals[part], gradients, rows)
+        self.add_(self.totals.of(part), gradients, rows)
 
     def add_(
         self, total: Tensor, gradients: SampleGradients, rows: Sequence[int]
@@ -87,21 +104,15 @@ class SquareSum:
             part: The parameter's number.
             count: How many samples there were.
         """
-        # Rounding can take an entry in which two uses cancel below zero.
-        return self._mean(part, count).clamp_min_(0)
+        return self.totals.pop(part).div_(count)
 
-    def _mean(self, part: int, count: int) -> Tensor:
-        total = self.totals.pop(part).div_(count)
-        if total.dtype == self._dtype:
-            return total
-        mean = total.view(self._dtype)[: len(total)]
-        for some, of in zip(mean.split(_CHUNK), total.split(_CHUNK), strict=True):
-            some.copy_(of.clone())  # what is written over has been read
-        return mean
-
-    def tensors(self) -> list[Tensor]:
+    def end_round(self, parts: Sequence[int]) -> None:
         """See `Statistic`."""
-        return list(self.totals.values())
+        self.totals.end_round(parts)
+
+    def end(self) -> list[Tensor]:
+        """See `Statistic`."""
+        return self.totals.end()
 
 
 class GradientSum(SquareSum):
@@ -113,10 +124,6 @@ class GradientSum(SquareSum):
         """Add what is summed, of some samples."""
         gradients.add_sum_(total, rows)
 
-    def mean(self, part: int, count: int) -> Tensor:
-        """See `SquareSum`."""
-        return self._mean(part, count)
-
 
 class SquareSumAt:
     r""":math:`\sum_n g_n[j]^2` for chosen entries only.
@@ -124,11 +131,18 @@ class SquareSumAt:
     Args:
         pool: The candidate entries.
         chosen: Where they are, by parameter; without those that have none.
+        ranks: The processes.
     """
 
-    def __init__(self, pool: Pool, chosen: Mapping[int, Where]) -> None:
+    def __init__(self, pool: Pool, chosen: Mapping[int, Where], ranks: Ranks) -> None:
         self.chosen = chosen
-        self.totals = {part: _zeros(pool, part, len(w)) for part, w in chosen.items()}
+        self.totals = {
+            part: torch.zeros(
+                len(where), dtype=torch.float64, device=pool.parameters[part].device
+            )
+            for part, where in chosen.items()
+        }
+        self._ranks = ranks
 
     def update(
         self,
@@ -140,9 +154,12 @@ class SquareSumAt:
         """See `Statistic`."""
         self.totals[part].add_(gradients.squares_at(rows, self.chosen[part]))
 
-    def tensors(self) -> list[Tensor]:
+    def end_round(self, parts: Sequence[int]) -> None:
         """See `Statistic`."""
-        return list(self.totals.values())
+
+    def end(self) -> list[Tensor]:
+        """See `Statistic`."""
+        return self._ranks.sums(self.totals.values())
 
 
 class Scores:
@@ -151,12 +168,14 @@ class Scores:
     Args:
         samples: Positions of the samples.
         chosen: The entries P, by parameter; None for all candidates.
+        ranks: The processes.
     """
 
     def __init__(
-        self, samples: Sequence[int], chosen: Mapping[int, Where] | None
+        self, samples: Sequence[int], chosen: Mapping[int, Where] | None, ranks: Ranks
     ) -> None:
         self.chosen = chosen
+        self._ranks = ranks
         self.totals = torch.zeros(len(samples), dtype=torch.float64)
         self._places = {position: n for n, position in enumerate(samples)}
 
@@ -175,11 +194,9 @@ class Scores:
         places = torch.tensor([self._places[position] for position in positions])
         self.totals[places] += found.cpu()
 
-    def tensors(self) -> list[Tensor]:
+    def end_round(self, parts: Sequence[int]) -> None:
         """See `Statistic`."""
-        return [self.totals]
 
-
-def _zeros(pool: Pool, part: int, size: int) -> Tensor:
-    device = pool.parameters[part].device
-    return torch.zeros(size, dtype=torch.float64, device=device)
+    def end(self) -> list[Tensor]:
+        """See `Statistic`."""
+        return self._ranks.sums([self.totals])
