@@ -281,6 +281,25 @@ def test_a_parameter_without_gradient_beside_others(memory_limit, caplog):
     assert "spare" not in found[0].indices[name]
 
 
+@pytest.mark.parametrize("method", ["ird", "random"])
+def test_an_empty_parameter_is_no_candidate(method):
+    class Empty(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.none = nn.Parameter(torch.ones(0, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.none.sum()
+
+    data = Calibration(
+        list(torch.randn(6, 4)), loss=lambda model, x: model(x).square().sum(1)
+    )
+    model = nn.Sequential(Empty())
+    selection = select_parameters(model, IRDConfig(density=0.5, method=method), data)
+    assert selection.num_candidates == 10
+    assert set(selection.indices["0"]) <= {"weight", "bias"}
+
+
 def test_a_parameter_without_gradient_for_the_gradient_criterion():
     model = make_model("bert")
     model.bert.spare = nn.Linear(3, 3)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from peft_ird import Calibration, IRDConfig, select_parameters
+from peft_ird.selection.gradients import ordered
 from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.statistics import Scores
 from tests.conftest import make_model, make_samples, task_type
@@ -71,7 +72,71 @@ def selections():
         settings = {**SETTINGS["ird"], **options}
         config = IRDConfig(task_type="SEQ_CLS", **settings)
         found["bert", name] = facts(select_parameters(make_model("bert"), config, data))
+    return found | in_small_pieces() | one_by_one()
+
+
+def in_small_pieces():
+    """What is selected in groups of parameters, with a part of the gradients kept."""
+    found = {}
+    data = Calibration(make_samples("bert", 17), batch_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ordered, "_TOGETHER_BYTES", 4096)
+        patch.setattr(ordered, "_SLICE_BYTES", 100)
+        patch.setattr(ordered, "_TABLE_BYTES", 2000)
+        for (method, settings), entries in itertools.product(SETTINGS.items(), (4, 40)):
+            model = make_model("bert")
+            largest = model.bert.embeddings.word_embeddings.weight.nbytes
+            config = IRDConfig(
+                task_type="SEQ_CLS",
+                method=method,
+                memory_limit=entries * largest,
+                **settings,
+            )
+            selection = select_parameters(model, config, data)
+            found["bert", entries, method] = facts(selection)
     return found
+
+
+class Recurrent(nn.Module):
+    """Most of its parameters are taken one sample at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(20, 6)
+        self.body = nn.LSTM(6, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids):
+        return self.head(self.body(self.tokens(ids))[0].mean(1))
+
+
+def one_by_one():
+    torch.manual_seed(0)
+    rows = [(ids, ids.sum() % 3) for ids in torch.randint(20, (11, 5))]
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    data = Calibration(rows, loss=loss, batch_size=2)
+    config = IRDConfig(density=0.05, num_samples=11, initial_density=0.2)
+    return {"one by one": facts(select_parameters(Recurrent(), config, data))}
+
+
+def late_error(rank):
+    """What a process says to an error in its second batch of a pass."""
+    calls = []
+
+    def loss(model, batch):
+        calls.append(len(batch["input_ids"]))
+        if rank == 1 and calls.count(2) > 4:
+            raise RuntimeError("out of memory")
+        return model(**batch).loss
+
+    data = Calibration(make_samples("bert", 40), loss=loss, batch_size=2)
+    config = IRDConfig(task_type="SEQ_CLS", method="fish", density=0.1, num_samples=40)
+    with pytest.raises((RuntimeError, ValueError), match="out of mem") as caught:
+        select_parameters(make_model("bert"), config, data)
+    return str(caught.value)
 
 
 def errors(rank):
@@ -144,7 +209,7 @@ def replayed(rank):
 
 def work():
     rank = dist.get_rank()
-    heard = errors(rank), replayed(rank)
+    heard = errors(rank), replayed(rank), late_error(rank)
     return selections(), heard, differences(rank), overflowing()
 
 
@@ -170,6 +235,7 @@ def test_every_process_selects_what_one_does_and_hears_of_errors(
         assert found == alone
         assert "calibration sample" in caught[0]
         assert "out of memory" in caught[1]
+        assert "out of memory" in caught[2]
         for message, fact in zip(unequal, DIFFERING, strict=True):
             assert f"the same {fact}, but rank" in message
 

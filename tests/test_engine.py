@@ -1749,7 +1749,7 @@ class TestBadSamples:
         model = net(linear()).float()
         config = IRDConfig(density=0.1, num_samples=12, method="fish")
         calibration = Calibration(samples, loss=per_sample_tampered_loss)
-        message = "squared and summed, in torch.float32 with the loss times 1"
+        message = "are of torch.float32, losses times 1"
         with pytest.raises(ValueError, match=message):
             select_parameters(model, config, calibration)
 

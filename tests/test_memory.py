@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_ird import Calibration, IRDConfig, select_parameters
+from peft_ird.selection.gradients.ordered import OrderedSums
+from peft_ird.selection.gradients.ranks import Ranks
+from peft_ird.selection.pool import Pool
 
 pytestmark = [
     pytest.mark.slow,
@@ -73,3 +76,12 @@ def test_without_a_limit_more_is_taken():
     """Else the test above would show nothing."""
     least = 3 * 4 * WORDS * WIDTH + AROUND
     assert in_a_process_of_its_own(None) > least
+
+
+def test_rows_of_a_table_that_nothing_is_added_to_take_no_memory():
+    pool = Pool([("table", "weight", nn.Parameter(torch.zeros(1, 32 << 20)))])
+    before = resident("VmRSS")
+    sums = OrderedSums(pool, [0], Ranks())
+    sums.of(0)[5_000_000:5_001_000] += 1.0
+    assert resident("VmRSS") - before < 4 * MIB
+    assert float(sums.end()[0].sum()) == 1000

@@ -14,6 +14,8 @@ from peft_ird.selection.topk import TopK
 
 __all__ = ["SCOPES", "Entries", "Stream"]
 
+_CHUNK = 1 << 17  # scores in float64 at a time
+
 SCOPES = ("global", "per_module", "balanced")
 
 Stream = Iterable[tuple[int, Tensor]]
@@ -125,7 +127,7 @@ class Entries:
             stream = lots.keys(stream, self.positions)
         scores = list(self.scores)
         for part, found in stream:
-            scores[part] = found
+            scores[part] = found.to(self.pool.device)
         return Entries(self.pool, self.positions, scores)
 
     def least(self, scope: str) -> list[float]:
@@ -199,7 +201,8 @@ def _balanced(pool: Pool, stream: Stream) -> Iterator[tuple[int, Tensor]]:
 
 
 def _by_their_mean(parts: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    total = sum(float(scores.double().sum()) for _, scores in parts)
+    some = (each for _, scores in parts for each in scores.split(_CHUNK))
+    total = sum(float(each.double().sum()) for each in some)
     mean = total / max(1, sum(scores.numel() for _, scores in parts))
     for part, scores in parts:
         yield part, scores / mean if mean > 0 else scores

@@ -195,11 +195,14 @@ class FisherEstimator:
     ) -> S:
         """Sum a statistic over samples and processes; low precision is scaled down."""
         while True:
-            statistic = make()
+            with self._ranks.raising_together():
+                statistic = make()
             if not self._engine.run(samples, parts, statistic, title):
+                del statistic
                 continue
             if all(map(_is_finite, statistic.end())):
                 return statistic
+            del statistic  # before there is another
             self._engine.kept.forget_all_but(())
             if not self._engine.singles.lower_scale():
                 self._engine.name_what_is_not_finite(samples, parts)
@@ -216,11 +219,13 @@ class FisherEstimator:
         sizes = [len(flat) for flat in entries]
         every = self._where(entries)
         for group in self.pool.groups(self._most_bytes, CHOSEN_BYTES, sizes):
-            chosen = {part: every[part] for part in group if part in every}
+            chosen = {part: every.pop(part) for part in group if part in every}
             make = partial(SquareSumAt, self.pool, chosen, self._ranks)
             statistic = self._summed(samples, list(chosen), make, "Fisher information")
-            for part, total in statistic.totals.items():
-                yield part, total.div_(len(samples)).to(self.pool.dtype)
+            while statistic.totals:
+                part = min(statistic.totals)
+                yield part, statistic.mean(part, len(samples))
+            del chosen, make, statistic  # before the next group's are there
 
     def sample_scores(
         self,
@@ -291,7 +296,7 @@ class FisherEstimator:
         known: dict[int, float] = {}
         for losses in self._ranks.gather(self._engine.losses):
             known.update(losses)
-        with self._engine.raising_together():
+        with self._ranks.raising_together():
             for position in samples:
                 if position not in known:
                     known[position] = self._engine.singles.gradients(position, [0])[0]
@@ -311,7 +316,7 @@ class FisherEstimator:
             Shape ``[len(samples)]``, float64.
         """
         singles = self._engine.singles
-        with self._engine.raising_together():
+        with self._ranks.raising_together():
             loaded = [singles.sample(position, is_cut=True) for position in samples]
         return torch.tensor([s.unmasked or 1 for s in loaded], dtype=torch.float64)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -68,19 +68,16 @@ def walk(
     ):
         if settings.method not in NEEDS_DATA:
             return Walk(pool, settings, [_choose_without_data(pool, settings)])
+        ranks = Ranks()
+        with ranks.raising_together():
+            given = _needed(calibration, settings)
+        ranks.agree(partial(_facts, pool, given, settings, memory_limit))
         k = entry_count(len(pool), len(pool), settings)
-        if calibration is None:
-            raise ValueError(
-                f"method='{settings.method}' ranks entries on data and needs "
-                "`calibration=Calibration(train_dataset, collate_fn)`. Or choose a "
-                "method without data: 'magnitude', 'random' or 'bias'."
-            )
-        Ranks().agree(partial(_facts, pool, calibration, settings, memory_limit))
-        cells = planned_cells(len(pool), len(calibration), k, settings)
-        samples = drawn_samples(len(calibration), cells[0].num_samples, settings)
+        cells = planned_cells(len(pool), len(given), k, settings)
+        samples = drawn_samples(len(given), cells[0].num_samples, settings)
         stack.enter_context(borrowed(model))
         estimator = FisherEstimator(
-            model, pool, calibration, settings.fisher, settings.seed, memory_limit
+            model, pool, given, settings.fisher, settings.seed, memory_limit
         )
         if steps := settings.head_warmup_steps:
             rate = settings.head_warmup_learning_rate
@@ -89,6 +86,16 @@ def walk(
         found = Walk(pool, settings, list(decrease.steps(cells, k)))
         _warn_of_unlabelled(samples, estimator.unlabelled().intersection(samples))
         return found
+
+
+def _needed(calibration: Calibration | None, settings: Settings) -> Calibration:
+    if calibration is None:
+        raise ValueError(
+            f"method='{settings.method}' ranks entries on data and needs "
+            "`calibration=Calibration(train_dataset, collate_fn)`. Or choose a "
+            "method without data: 'magnitude', 'random' or 'bias'."
+        )
+    return calibration
 
 
 def _warn_of_unlabelled(samples: Sequence[int], unlabelled: set[int]) -> None:
@@ -119,6 +126,10 @@ def _facts(
         "samples in the same order": calibration.digest(),
         "number of candidates": len(pool),
         "candidate parameters": hashlib.sha256(repr(parameters).encode()).hexdigest(),
+        "candidates on each device": [
+            (device.type, sum(p.numel() for p in alike))
+            for device, alike in groupby(pool.parameters, lambda p: p.device)
+        ],
     }
 
 

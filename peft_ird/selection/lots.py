@@ -73,7 +73,9 @@ class Lots:
             for some, of in zip(keys.split(_CHUNK), scores.split(_CHUNK), strict=True):
                 weights = room[: len(of)].copy_(of).log_().div_(self.temperature)
                 some.add_(weights.clamp_min_(_NEVER))
+            del scores
             yield part, keys
+            del keys
 
     def _times(self, part: int) -> Tensor:
         """Return an exponential time for every entry of a parameter, never zero."""

@@ -17,7 +17,8 @@ class Pool:
     """The candidate entries, parameter by parameter, each flattened row-major.
 
     A parameter is known by its number here. What belongs to all candidates (scores,
-    chosen positions) is a list with one 1-D tensor per parameter.
+    chosen positions) is a list with one 1-D tensor per parameter. Empty parameters
+    are left out.
 
     Args:
         parameters: Module name, parameter name and parameter, in
@@ -25,7 +26,7 @@ class Pool:
     """
 
     def __init__(self, parameters: Iterable[tuple[str, str, nn.Parameter]]) -> None:
-        listed = list(parameters)
+        listed = [each for each in parameters if each[2].numel()]
         self.names = [(module, name) for module, name, _ in listed]
         self.parameters = [parameter for _, _, parameter in listed]
         self.sizes = [parameter.numel() for parameter in self.parameters]

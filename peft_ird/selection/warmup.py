@@ -67,7 +67,7 @@ def _train(
         for p in head
     ]
     optimizer = torch.optim.Adam(masters, lr=learning_rate)
-    with engine.raising_together():
+    with engine.ranks.raising_together():
         for positions in _draws(available, steps, seed):
             total = torch.zeros((), device=head[0].device)
             for batch in engine.batches(positions):

@@ -10,7 +10,7 @@ from peft_ird.selection.gradients.where import Where
 
 __all__ = ["Dense", "rows_of"]
 
-_CHUNK = 1 << 17  # entries in float64 at a time: the largest gradient has no copy
+_CHUNK = 1 << 17  # entries at a time: the largest gradient has no copy
 
 
 class Dense(Entrywise):
@@ -25,11 +25,21 @@ class Dense(Entrywise):
 
     def add_squares_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
-        total.add_(rows_of(self.values, kept).square().sum(0))
+        for some, part in self._portions(total, kept):
+            some.add_(part.square().sum(0))
 
     def add_sum_(self, total: Tensor, kept: Sequence[int]) -> None:
         """See `SampleGradients`."""
-        total.add_(rows_of(self.values, kept).sum(0))
+        for some, part in self._portions(total, kept):
+            some.add_(part.sum(0))
+
+    def _portions(
+        self, total: Tensor, kept: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield some entries of a total, and of the samples: no copy of them all."""
+        width = max(1, _CHUNK // len(kept))
+        portions = rows_of(self.values, kept).split(width, 1)
+        yield from zip(total.split(width), portions, strict=True)
 
     def squared_norms(self, kept: Sequence[int]) -> Tensor:
         """See `SampleGradients`."""

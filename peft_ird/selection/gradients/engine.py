@@ -7,7 +7,6 @@ know or the model mixes its samples, are taken one sample at a time from then on
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import NoReturn
@@ -63,7 +62,7 @@ class Engine:
         if self._outcome is None:
             groups = list(self._groups(range(len(self._pool.sizes))))
             trial = Trial(self.together, groups, self._limits.batch_size)
-            with self.raising_together():
+            with self.ranks.raising_together():
                 outcome = trial.outcome(samples)
             outcome = outcome.agreed(self.ranks.gather(outcome))
             self._share_scale()
@@ -116,16 +115,18 @@ class Engine:
         total = len(rest) + len(samples) * bool(alone)
         if not total:  # on all processes alike
             return True
+        for known in rest:
+            self.losses.pop(known, None)
         with self._bar(total, title) as bar:
-            with self.raising_together():
+            with self.ranks.raising_together():
                 batches = self.batches(rest)
             for every, batch in self.ranks.rounds(batches):
-                with self.raising_together():
+                with self.ranks.raising_together():
                     misfits |= self._run_batch(batch or (), together, statistic)
                 statistic.end_round(together)
                 bar.update(sum(map(len, every)))
             for some, position in self.ranks.rounds(samples if alone else ()):
-                with self.raising_together():
+                with self.ranks.raising_together():
                     if position is not None:
                         self._run_alone(position, alone, statistic)
                 statistic.end_round(alone)
@@ -137,9 +138,11 @@ class Engine:
     ) -> None:
         """Hand out what is kept, parameter by parameter perhaps: many short rounds."""
         error: Exception | None = None
-        for batch in self.kept.batches(samples):
+        wanted = frozenset(samples)
+        for batch in self.kept.batches(wanted):
             try:
-                batch.hand_out(samples if error is None else (), parts, statistic)
+                if error is None:
+                    batch.hand_out(wanted, parts, statistic)
             except Exception as problem:  # the others are told after the last round
                 error = problem
             statistic.end_round(parts)
@@ -176,10 +179,10 @@ class Engine:
         misfits: frozenset[int] = frozenset()
         parts = range(len(self._pool.sizes))
         together = [part for part in parts if part not in outcome.alone]
-        with self.raising_together():
+        with self.ranks.raising_together():
             fitting = list(self._fitting(samples, outcome)) if together else []
         with (
-            self.raising_together(),
+            self.ranks.raising_together(),
             self._bar(sum(map(len, fitting)), "Gradients") as bar,
         ):
             for every, batch in self.ranks.rounds(fitting):
@@ -220,7 +223,7 @@ class Engine:
 
     def name_what_is_not_finite(
         self, samples: Sequence[int], parts: Sequence[int]
-    ) -> None:
+    ) -> NoReturn:
         """Find the sample whose loss or gradient is not finite, and say which.
 
         Args:
@@ -235,21 +238,12 @@ class Engine:
                 self.singles.gradients(position, group)
         dtypes = {str(self._pool.parameters[part].dtype) for part in parts}
         raise ValueError(
-            f"The gradients of the {len(samples)} calibration samples are finite but "
-            "not when they are squared and summed, in "
-            f"{', '.join(sorted(dtypes))} with the loss times {self.singles.scale:g}. "
-            "Load the model in float32, or look for samples with an enormous loss."
+            f"Losses and gradients of the {len(samples)} calibration samples are "
+            "finite, but sums over them are not: parameters are of "
+            f"{', '.join(sorted(dtypes))}, losses times {self.singles.scale:g}. Look "
+            "for samples with an enormous loss, or load the model in float32 if it is "
+            "not."
         )
-
-    @contextmanager
-    def raising_together(self) -> Iterator[None]:
-        """Raise an error on all processes, so that none waits for one that failed."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as problem:
-            error = problem
-        self.ranks.raise_together(error)
 
     def _fitting(
         self, samples: Sequence[int], outcome: Outcome
@@ -301,7 +295,6 @@ class Engine:
             positions = [sample.position for sample in batch]
             every = range(len(self._pool.sizes))
             self.name_what_is_not_finite(positions, parts or every)
-            raise
 
     def _run_alone(
         self, position: int, parts: Sequence[int], receiver: Receiver

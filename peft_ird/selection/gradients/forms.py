@@ -22,6 +22,8 @@ from peft_ird.selection.gradients.where import Where
 
 __all__ = ["SampleGradients", "combine"]
 
+_LOOKED_UP = 1 << 23  # entries of rows that are formed at once
+
 
 class SampleGradients(Protocol):
     """Gradients of the samples of one batch with respect to one parameter."""
@@ -93,12 +95,19 @@ class OuterAndRows(Entrywise):
         row = torch.cat([self.rows.part(n)[0] for n in kept]).unique()
         before = matrix[row]
         add_outer(total, kept)
-        sums = torch.zeros_like(before)
-        for n in kept:
-            mine, values = self.rows.part(n)
-            g = self.outer.rows_at(n, row)
-            add_one(sums, g.index_add_(0, torch.searchsorted(row, mine), values))
-        matrix[row] = before.add_(sums)
+        size = max(1, _LOOKED_UP // matrix.shape[1])
+        for some, sums in zip(row.split(size), before.split(size), strict=True):
+            found = torch.zeros_like(sums)
+            for n in kept:
+                add_one(found, self._rows_at(n, some))
+            matrix[some] = sums.add_(found)
+
+    def _rows_at(self, n: int, some: Tensor) -> Tensor:
+        """Return some rows of sample n's gradient, in ascending order."""
+        row, values = self.rows.part(n)
+        is_wanted = torch.isin(row, some)
+        place = torch.searchsorted(some, row[is_wanted])
+        return self.outer.rows_at(n, some).index_add_(0, place, values[is_wanted])
 
     def _more(self, n: int) -> tuple[Tensor, Tensor]:
         """Return (a + b)^2 - a^2 where the embedding adds b to the linear layer's a."""

@@ -1,6 +1,6 @@
 """Gradients kept of samples, so that later passes need not call the model."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 
 from torch import Tensor
 
@@ -55,15 +55,14 @@ class KeptGradients:
         """Return the parameters that gradients of this process are kept of."""
         return {part for _, batch in self._rounds for part in batch.gradients}
 
-    def batches(self, samples: Collection[int]) -> Iterator["_Batch"]:
+    def batches(self, samples: Set[int]) -> Iterator["_Batch"]:
         """Yield this process's batch of each round that has some of the samples.
 
         Args:
             samples: Positions in the calibration data.
         """
-        wanted = frozenset(samples)
         for everyones, batch in self._rounds:
-            if not everyones.isdisjoint(wanted):
+            if not everyones.isdisjoint(samples):
                 yield batch
 
 
@@ -83,7 +82,7 @@ class _Batch:
         self.positions = positions
         self.gradients: dict[int, SampleGradients] = {}
 
-    def rows(self, wanted: Collection[int]) -> list[int]:
+    def rows(self, wanted: Set[int]) -> list[int]:
         """Return which of the batch's samples are at some positions."""
         return [n for n, p in enumerate(self.positions) if p in wanted]
 
@@ -113,7 +112,7 @@ class _Batch:
         self.gradients[part] = gradients.only(rows, _own)
 
     def hand_out(
-        self, samples: Collection[int], parts: Sequence[int], receiver: Receiver
+        self, samples: Set[int], parts: Sequence[int], receiver: Receiver
     ) -> None:
         """Hand out what is kept of some samples.
 

@@ -66,16 +66,16 @@ class Limits:
         if memory_limit is None:
             kept = min(_MOST_KEPT, min(ranks.gather(_memory())) // 4)
             return cls(tokens, batch_size, _UNLIMITED, None, kept)
-        each = bytes_per_entry(pool, ranks)
-        largest = max(pool.sizes) * each
+        largest = max(pool.sizes) * bytes_per_entry(pool, ranks)
         if 2 * largest > memory_limit:
             name = pool.name(pool.sizes.index(max(pool.sizes)))
             raise ValueError(
                 f"`memory_limit` must hold at least twice the {largest} bytes of "
-                f"accumulators for '{name}', got {memory_limit}. Raise it, or leave "
-                "that module out with `exclude_modules`."
+                f"sums over samples for '{name}', got {memory_limit}. Raise it, or "
+                "leave that module out with `exclude_modules`."
             )
-        sums = min(len(pool) * each, memory_limit // 2)
+        # Of several processes each keeps a part: so the same for any number of them.
+        sums = min(len(pool) * pool.dtype.itemsize, memory_limit // 2)
         batch = memory_limit // 4
         kept = memory_limit - sums - batch
         return cls(tokens, batch_size, memory_limit // 2, batch, kept)

@@ -1,6 +1,7 @@
 """Sums over batches, added in the order of the batches, whoever takes them."""
 
-from collections.abc import Iterable, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -12,6 +13,8 @@ from peft_ird.selection.pool import Pool
 __all__ = ["OrderedSums", "bytes_per_entry"]
 
 _TOGETHER_BYTES = 16 << 20  # of small parameters that processes exchange at once
+_TABLE_BYTES = 32 << 20
+_SLICE_BYTES = 4 << 20  # of one process's share of a large one
 
 
 class OrderedSums:
@@ -92,18 +95,40 @@ class _Block:
     ) -> None:
         self._ranks = ranks
         share = -(-size // ranks.size)  # rounded up
-        self.found = torch.zeros(share * ranks.size, dtype=dtype, device=device)
-        self._share = self.found[:0] if ranks.size == 1 else self.found.new_zeros(share)
+        self.found = _zeros(share * ranks.size, dtype, device)
+        self._share = _zeros(share if ranks.size > 1 else 0, dtype, device)
 
     def end_round(self) -> None:
-        if self._ranks.size > 1:
-            for found in self._ranks.deal(self.found):
-                self._share.add_(found)
-            self.found.zero_()
+        for found, share in self._slices():
+            for one in self._ranks.deal(found):
+                share.add_(one)
+            found.zero_()
 
     def end(self) -> None:
+        for found, share in self._slices():
+            found.copy_(self._ranks.collect(share))
+
+    def _slices(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what is found for all processes, and this one's share, by the slice."""
         if self._ranks.size > 1:
-            self._ranks.collect_(self.found, self._share)
+            length = max(1, _SLICE_BYTES // self.found.element_size())
+            found = self.found.view(self._ranks.size, -1).split(length, 1)
+            yield from zip(found, self._share.split(length), strict=True)
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; of a large table in main memory, only what is added to is there.
+
+    Of an embedding that is most: rows of words that are in no sample.
+    """
+    length = size * dtype.itemsize
+    is_table = device.type == "cpu" and length >= _TABLE_BYTES
+    if not is_table or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page is there for the sake of one row
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def bytes_per_entry(pool: Pool, ranks: Ranks) -> int:
@@ -113,4 +138,5 @@ def bytes_per_entry(pool: Pool, ranks: Ranks) -> int:
         pool: The candidate entries.
         ranks: The processes.
     """
-    return pool.dtype.itemsize * (1 if ranks.size == 1 else 2)
+    size = pool.dtype.itemsize
+    return size if ranks.size == 1 else size + -(-size // ranks.size)

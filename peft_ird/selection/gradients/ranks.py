@@ -1,6 +1,7 @@
 """The processes that share a selection, or the only one."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -47,31 +48,33 @@ class Ranks:
                 tensor.copy_(here)
         return listed
 
-    def deal(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Give each process its share of a tensor.
+    def deal(self, shares: Tensor) -> Tensor:
+        """Give each process its share.
 
         Args:
-            tensor: 1-D, of a multiple of ``size`` entries, of as many on every process.
+            shares: What this process has for each. Shape ``[size, k]``.
 
         Returns:
-            This process's share of what each has, in the order of their ranks.
+            What each has for this process, in the order of their ranks. The same shape.
         """
-        here = tensor.to(self._device(tensor))
+        here = shares.to(self._device(shares)).contiguous()
         dealt = torch.empty_like(here)
         dist.all_to_all_single(dealt, here)
-        return dealt.to(tensor.device).chunk(self.size)
+        return dealt.to(shares.device)
 
-    def collect_(self, tensor: Tensor, share: Tensor) -> None:
-        """Overwrite a tensor with the shares of all processes.
+    def collect(self, share: Tensor) -> Tensor:
+        """Return the shares of all processes, in the order of their ranks.
 
         Args:
-            tensor: 1-D, of ``size`` times as many entries as a share.
-            share: This process's.
+            share: This process's. Shape ``[k]``.
+
+        Returns:
+            Shape ``[size, k]``.
         """
-        here = tensor.to(self._device(tensor))
-        dist.all_gather(list(here.chunk(self.size)), share.to(here.device))
-        if here is not tensor:
-            tensor.copy_(here)
+        here = share.to(self._device(share))
+        found = here.new_empty(self.size, len(here))
+        dist.all_gather(list(found), here)
+        return found.to(share.device)
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite each tensor with that of the first process."""
@@ -101,7 +104,8 @@ class Ranks:
         """
         if self.size == 1:
             return
-        facts = make()
+        with self.raising_together():
+            facts = make()
         for rank, others in enumerate(self.gather(facts)):
             for name, value in facts.items():
                 if others[name] != value:
@@ -122,12 +126,23 @@ class Ranks:
             Exception: This process's own error.
             ValueError: With the message of another process.
         """
-        messages = self.gather(None if error is None else str(error))
+        what = None if error is None else f"{type(error).__name__}: {error}"
+        messages = self.gather(what)
         if error is not None:
             raise error
         for rank, message in enumerate(messages):
             if message is not None:
                 raise ValueError(f"Rank {rank}: {message}")
+
+    @contextmanager
+    def raising_together(self) -> Iterator[None]:
+        """Raise an error on all processes, so that none waits for one that failed."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as problem:
+            error = problem
+        self.raise_together(error)
 
     def _device(self, tensor: Tensor) -> torch.device:
         if dist.get_backend() == "nccl" and tensor.device.type == "cpu":

@@ -143,6 +143,7 @@ class SquareSumAt:
             for part, where in chosen.items()
         }
         self._ranks = ranks
+        self._dtype = pool.dtype
 
     def update(
         self,
@@ -153,6 +154,15 @@ class SquareSumAt:
     ) -> None:
         """See `Statistic`."""
         self.totals[part].add_(gradients.squares_at(rows, self.chosen[part]))
+
+    def mean(self, part: int, count: int) -> Tensor:
+        """Return a parameter's means over samples, and let go of its sums.
+
+        Args:
+            part: The parameter's number.
+            count: How many samples there were.
+        """
+        return self.totals.pop(part).div_(count).to(self._dtype)
 
     def end_round(self, parts: Sequence[int]) -> None:
         """See `Statistic`."""
