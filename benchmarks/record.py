@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def result_file(name: str, options: argparse.Namespace) -> Path:
     return given or RESULTS / f"{name}{'-gpu' * (options.device != 'cpu')}.json"
 
 
+@cache
 def git_state() -> dict[str, Any]:
-    """Return the commit, and whether files that run differ from it."""
+    """Return the commit at the start, and whether files that run differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -115,3 +117,7 @@ def versions() -> dict[str, str]:
     """Return the versions of what runs, without the suffix of the build (+cpu)."""
     packages = ("peft_ird", "peft", "torch", "transformers")
     return {name: version(name).partition("+")[0] for name in packages}
+
+
+with suppress(OSError, subprocess.CalledProcessError):
+    git_state()  # what this process runs; there may be commits before it ends

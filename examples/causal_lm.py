@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if options.lora:
         runs.append(lesson.learn("LoRA", lesson.lora(), options.lora_lr))
         budget = runs[0].parameters
+    base = lesson.load_base()
     start = time.perf_counter()
-    model = lesson.ird(budget)
+    model = lesson.ird(base, budget)
     seconds = time.perf_counter() - start
     name = options.method.upper()
     runs.insert(0, lesson.learn(name, model, options.lr, seconds))
@@ -182,8 +183,8 @@ class Lesson:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype)
         return model.to(TrainingArguments(output_dir=str(self.folder)).device)
 
-    def ird(self, budget: int | None) -> peft.PeftModel:
-        """Wrap the model, with the weights that the training blocks choose."""
+    def ird(self, base: nn.Module, budget: int | None) -> peft.PeftModel:
+        """Wrap a model, with the weights that the training blocks choose."""
         config = IRDConfig(
             task_type="CAUSAL_LM",
             method=self.options.method,
@@ -196,7 +197,7 @@ class Lesson:
             num_samples=min(self.options.num_samples, len(self.train)),
             seed=self.options.seed,
         )
-        return get_peft_model(self.load_base(), config)
+        return get_peft_model(base, config)
 
     def lora(self) -> peft.PeftModel:
         """Wrap the model, with low-rank updates of the same modules."""

@@ -9,6 +9,7 @@ learn at one rate.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -53,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         "ird": ird,
         "lora": lora,
     }
-    text = json.dumps(comparison, indent=2)
-    (folder / "comparison.json").write_text(text, encoding="utf-8")
+    write(folder / "comparison.json", comparison)
     print(table(comparison))
     return comparison
 
@@ -92,16 +92,30 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     return options, common
 
 
+def write(path: Path, content: object) -> None:
+    """Write JSON under a temporary name, then rename it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    temporary.replace(path)
+
+
 def all_seeds(
     method: str, rates: Sequence[float], arguments: Sequence[str], options: Namespace
 ) -> list[Result]:
-    """Choose a method's rate by the first seed, and train with all of them."""
+    """Choose a method's rate by the first seed, and train with all of them.
+
+    What is in the folder already is not trained again.
+    """
 
     def run(rate: float, seed: int) -> Result:
         given = [*options.common, *arguments, "--method", method]
         given += ["--head-lr", str(options.head_lr)]
         given += ["--lr", str(rate), "--seed", str(seed)]
-        result: Result = in_fresh_process(train, given)
+        digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:12]
+        path = Path(options.output_dir, f"run-{digest}.json")
+        if not path.exists():
+            write(path, in_fresh_process(train, given))
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
         print(f"{method}, rate {rate:g}, seed {seed}: {scores(result)}", flush=True)
         return result
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -84,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--num-labels", type=int, metavar="N",
                        help="number of labels (default: that of `classifier` or "
                        "`score` in the adapter, else the base model's)")  # fmt: skip
+    merge.add_argument("--dtype", default="auto",
+                       help="of the merged model, as float32 (default: the base "
+                       "model's; few bits lose small deltas)")  # fmt: skip
     merge.set_defaults(run=_merge)
     return parser
 
@@ -153,6 +157,15 @@ def _plot(options: argparse.Namespace) -> str:
     return str(output)
 
 
+def _dtype(name: str) -> Any:
+    dtype = name if name == "auto" else getattr(torch, name, None)
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"`--dtype` must be 'auto' or one of torch's, as float32, got {name!r}."
+        )
+    return dtype
+
+
 def _merge(options: argparse.Namespace) -> str:
     config = _adapter_config(options.adapter)
     base = config.base_model_name_or_path
@@ -166,11 +179,11 @@ def _merge(options: argparse.Namespace) -> str:
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ValueError(f"'{output}' is not empty. Name a new folder.")
     labels = _label_count(Path(options.adapter), options.num_labels)
-    kwargs = {}
+    kwargs: dict[str, Any] = {"dtype": _dtype(options.dtype)}
     revision = {"revision": config.revision} if config.revision else {}
     if labels and labels != AutoConfig.from_pretrained(base, **revision).num_labels:
         # The head that the base brings is replaced by the adapter's.
-        kwargs = {"num_labels": labels, "ignore_mismatched_sizes": True}
+        kwargs |= {"num_labels": labels, "ignore_mismatched_sizes": True}
     auto_class = _CLASSES.get(config.task_type, AutoPeftModel)
     model = auto_class.from_pretrained(options.adapter, **kwargs)
     model.merge_and_unload().save_pretrained(str(output))

@@ -1,6 +1,7 @@
 """The tuner: puts a selection into a model, and a saved adapter back."""
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -29,7 +30,7 @@ from peft_ird.adapter.injection import (
     without_targets,
 )
 from peft_ird.adapter.modules import base_model, layers_of, replace
-from peft_ird.adapter.record import check_base, fingerprints, missing_codes
+from peft_ird.adapter.record import check_base, fingerprints, holds, missing_codes
 from peft_ird.adapter.settling import (
     check_sizes,
     check_tied_heads,
@@ -253,11 +254,10 @@ class IRDModel(Merges):
             model, config, adapter_name, *args, **kw
         )
         state_dict.update(missing_codes(model, adapter_name, state_dict))
-        # The config may have served another model since. Under FSDP only the state dict
-        # has whole tensors, so shapes are read anew only where they must be.
         named = {cls._remove_adapter_name_from_key(k, adapter_name): v
                  for k, v in state_dict.items()}  # fmt: skip
-        config.nnz_pattern, shapes = entry_counts(named), config.shape_pattern
+        config.nnz_pattern = entry_counts(named)
+        shapes = _own_shapes(model, config, adapter_name)
         if shapes is None or not same_names(config.nnz_pattern, shapes):
             shapes = parameter_shapes(model, config.nnz_pattern)
         config.shape_pattern, config.format_version = shapes, FORMAT
@@ -289,22 +289,41 @@ class IRDModel(Merges):
             state_dict = with_coded_indices(state_dict, shapes)
             entries = read_entries(state_dict, expected, shapes)
             # Those of a new adapter's file have been compared with the model's.
-            known = config.shape_pattern if is_new else None
-            check_sizes(base, entries, known or shapes)
+            own = _own_shapes(model, config, adapter_name)
+            check_sizes(base, entries, (own if is_new else None) or shapes)
             config.forget_fingerprints(replaced_modules(state_dict))
             if is_new and not config.ignore_base_mismatch:
                 check_base(base, entries, config.fingerprint or {})
+            if not is_new and not holds(model, adapter_name, entries):
+                config.provenance = None  # it is of the entries that were here
         if expected != counts:
             check_tied_heads(base, config, expected)
             resize(model, config, adapter_name, expected)
         if saved:
+            own = _own_shapes(model, config, adapter_name)
+            state_dict = fitted(state_dict, entries, own or shapes)
             for layer in layers_of(model).values():
                 layer.await_load(adapter_name)
-            state_dict = fitted(state_dict, entries, config.shape_pattern or shapes)
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, as_named_here(model, state_dict)
         )
         return mapped
+
+
+def _own_shapes(model: nn.Module, config: IRDConfig, adapter_name: str) -> Any:
+    """Return the shapes in a configuration, unless it has served another model since.
+
+    Under FSDP only a state dict has whole tensors, so they are not read anew.
+    """
+    known = config.shape_pattern or {}
+    layers = layers_of(model)
+    sizes = {name: layer.numels(adapter_name) for name, layer in layers.items()}
+    is_other = any(
+        sizes.get(module)  # none before indices are loaded
+        and sizes[module] != {name: math.prod(shape) for name, shape in named.items()}
+        for module, named in known.items()
+    )
+    return None if is_other else known or None
 
 
 def _unmerge_embeddings(model: Any, tensors: dict[str, Tensor]) -> None:

@@ -81,6 +81,7 @@ _NUMBERS: dict[str, _Rule] = {
     "head_warmup_learning_rate": ("be above 0", lambda x: x > 0),
     "temperature": ("be 0 or more, and finite", lambda x: 0 <= x < math.inf),
     "trim_samples": ("lie in [0, 1)", lambda x: 0 <= x < 1),
+    "seed": ("be a whole number", lambda x: isinstance(x, int)),
 }  # fmt: skip
 
 
@@ -127,6 +128,11 @@ def _check_choices(config: Any) -> None:
 
 
 def _check_targets(config: Any) -> None:
+    if isinstance(config.modules_to_save, str):
+        raise ValueError(
+            "`modules_to_save` must be a list of names, got "
+            f"{config.modules_to_save!r}. Write [{config.modules_to_save!r}]."
+        )
     for name in ("layers_to_transform", "layers_pattern"):
         is_given = getattr(config, name) is not None
         if isinstance(config.target_modules, str) and is_given:

@@ -117,6 +117,23 @@ def test_merge(kind, tmp_path, capsys):
         assert torch.equal(merged(**batch).logits, model(**batch).logits)
 
 
+def test_merge_in_another_dtype(tmp_path, capsys):
+    model = make_model("llama").bfloat16()
+    make_adapter(tmp_path / "a", model, tmp_path / "base", task_type("llama"))
+    for folder, options in (("low", []), ("high", ["--dtype", "float32"])):
+        path = tmp_path / folder
+        assert main(["merge", str(tmp_path / "a"), str(path), *options]) == 0
+    found = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype="auto").dtype
+        for folder in ("low", "high")
+    ]
+    assert found == [torch.bfloat16, torch.float32]
+    capsys.readouterr()
+    wrong = ["merge", str(tmp_path / "a"), str(tmp_path / "c"), "--dtype", "rand"]
+    assert main(wrong) == 1
+    assert "`--dtype` must be 'auto'" in capsys.readouterr().err
+
+
 def test_merge_a_classifier_with_labels_of_its_own(tmp_path):
     """The base knows two labels, the adapter's head has five."""
     torch.manual_seed(0)

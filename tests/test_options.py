@@ -244,6 +244,10 @@ def test_a_warm_up_without_a_head():
         ({"sample_scaling": "size"}, "`sample_scaling` must be one of 'none'"),
         ({"memory_limit": 0}, "`memory_limit` must be a whole number"),
         ({"head_warmup_learning_rate": 0.0}, "`head_warmup_learning_rate` must"),
+        ({"seed": None}, "`seed` must be a whole number, got None"),
+        ({"seed": 0.5}, "`seed` must be a whole number, got 0.5"),
+        ({"modules_to_save": "head"}, r"must be a list of names, got 'head'"),
+        ({"schedule": [(4, "0.1")]}, "Each cell of `schedule` must be"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, message):

@@ -373,6 +373,32 @@ def test_a_config_can_be_used_again():
     assert not torch.equal(logits(one, "bert"), logits(two, "bert"))  # other values
 
 
+def test_adapters_of_one_config_are_saved_and_loaded_for_their_own_models(tmp_path):
+    settings = IRDConfig(method="bias")
+    bases = [nn.Sequential(nn.Linear(4, width)) for width in (3, 6)]
+    copies = copy.deepcopy(bases)
+    models = [get_peft_model(base, settings) for base in bases]
+    for n, (model, base) in enumerate(zip(models, copies, strict=True)):
+        model.save_pretrained(tmp_path / str(n))
+        loaded = PeftModel.from_pretrained(base, tmp_path / str(n))
+        model.load_adapter(tmp_path / str(n), "default")
+        x = torch.randn(2, 4)
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_a_state_dict_of_other_entries_is_refused_and_nothing_is_lost(name):
+    settings = {"method": "random", "density": 0.03, "task_type": task_type(name)}
+    one, two = (
+        get_peft_model(make_model(name), IRDConfig(seed=seed, **settings)).eval()
+        for seed in (0, 1)
+    )
+    before = logits(one, name)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        one.load_state_dict(two.state_dict())
+    assert logits(one, name).isfinite().all()
+    assert logits(one, name).shape == before.shape
+
+
 def test_a_selection_serves_one_injection(name):
     selection = select_parameters(
         make_model(name), config(name, budget=9, density=None)

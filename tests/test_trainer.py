@@ -111,6 +111,9 @@ def test_resuming_takes_the_entries_of_the_checkpoint(name, tmp_path):
     batch = make_batch(name)
     with torch.no_grad():
         assert torch.equal(whole(**batch).logits, resumed(**batch).logits)
+    origins = [m.peft_config["default"].provenance for m in (whole, resumed)]
+    assert origins[0]["seed"] == 0
+    assert origins[1] is None  # seed 1 chose other entries than are in there
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):

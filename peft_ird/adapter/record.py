@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_ird.adapter.modules import base_model, base_modules, layers_of
@@ -12,7 +13,7 @@ from peft_ird.selection.selection import Selection
 from peft_ird.sparse.fingerprint import differs
 from peft_ird.sparse.storage import CODED, VALUES, Entries, plain_name
 
-__all__ = ["check_base", "fingerprints", "missing_codes", "provenance"]
+__all__ = ["check_base", "fingerprints", "holds", "missing_codes", "provenance"]
 
 _MOST_SAMPLES = 128  # positions that are written down
 _PACKAGES = ("peft_ird", "torch", "peft", "transformers")
@@ -100,6 +101,24 @@ def missing_codes(
             )
         found[code] = layer._code(indices, layer._numels[adapter])
     return found
+
+
+def holds(model: nn.Module, adapter: str, entries: Entries) -> bool:
+    """Return whether an adapter has exactly some entries.
+
+    Args:
+        model: A model with the adapter.
+        adapter: The adapter's name.
+        entries: Indices and values, as read from a file.
+    """
+    layers = layers_of(model)
+    own = {m: layer._indices(adapter) for m, layer in layers.items()}
+    own = {module: named for module, named in own.items() if named}
+    return own.keys() == entries.keys() and all(
+        named.keys() == entries[module].keys()
+        and all(torch.equal(at.cpu(), entries[module][n][0]) for n, at in named.items())
+        for module, named in own.items()
+    )
 
 
 def check_base(

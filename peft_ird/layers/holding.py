@@ -130,6 +130,10 @@ class Holding(Merging):
         values = self.irdelta_values[adapter_name]
         return {name: tensor.numel() for name, tensor in values.items()}
 
+    def numels(self, adapter_name: str) -> dict[str, int]:
+        """Return the sizes of the parameters that an adapter's entries are for."""
+        return self._numels.get(adapter_name, {})
+
     def is_unloaded(self, adapter_name: str) -> bool:
         """Return whether an adapter's entries in this layer are still to be loaded."""
         known = adapter_name in self.irdelta_coded

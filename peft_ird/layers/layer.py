@@ -351,7 +351,10 @@ class IRDLayer(Reading, Holding):
         for adapter in self.irdelta_values:
             key = f"{prefix}irdelta_coded.{adapter}"
             if key in state_dict:
-                self._make_room(adapter, state_dict[key].numel())
+                if self._fits(adapter, state_dict, prefix):
+                    self._make_room(adapter, state_dict[key].numel())
+                else:  # indices stay as they are; torch complains of the values
+                    del state_dict[key]
             elif strict and adapter not in self.irdelta_coded:
                 missing.append(key)
         for name, values in self.irdelta_values.named_parameters():
@@ -361,6 +364,13 @@ class IRDLayer(Reading, Holding):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, *lists
         )
+
+    def _fits(self, adapter: str, tensors: dict[str, Tensor], prefix: str) -> bool:
+        """Return whether values that are to be loaded have names and sizes of these."""
+        prefix = f"{prefix}irdelta_values.{adapter}."
+        new = {k: t.shape for k, t in tensors.items() if k.startswith(prefix)}
+        own = self.irdelta_values[adapter].items()
+        return not new or new == {prefix + name: v.shape for name, v in own}
 
     def _check_early(self) -> None:
         """Check what can be checked, for compilers; errors wait until it is used."""

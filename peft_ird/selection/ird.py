@@ -70,9 +70,9 @@ def walk(
             return Walk(pool, settings, [_choose_without_data(pool, settings)])
         ranks = Ranks()
         with ranks.raising_together():
+            k = entry_count(len(pool), len(pool), settings)
             given = _needed(calibration, settings)
         ranks.agree(partial(_facts, pool, given, settings, memory_limit))
-        k = entry_count(len(pool), len(pool), settings)
         cells = planned_cells(len(pool), len(given), k, settings)
         samples = drawn_samples(len(given), cells[0].num_samples, settings)
         stack.enter_context(borrowed(model))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 __all__ = ["PAPER", "Cell", "check_schedule", "plan_cells"]
@@ -56,7 +56,8 @@ def check_schedule(schedule: Any) -> str | list[tuple[int, float]]:
             "`schedule` is empty; give at least one (num_samples, density)."
         )
     for pair in pairs:
-        if not isinstance(pair[0], Integral) or pair[0] < 1 or not 0 < pair[1] <= 1:
+        are_numbers = isinstance(pair[0], Integral) and isinstance(pair[1], Real)
+        if not are_numbers or pair[0] < 1 or not 0 < pair[1] <= 1:
             raise ValueError(
                 "Each cell of `schedule` must be (num_samples, density) with "
                 f"num_samples >= 1 and density in (0, 1], got {pair}."
