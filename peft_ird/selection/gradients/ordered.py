@@ -13,7 +13,7 @@ from peft_ird.selection.pool import Pool
 __all__ = ["OrderedSums", "bytes_per_entry"]
 
 _TOGETHER_BYTES = 16 << 20  # of small parameters that processes exchange at once
-_TABLE_BYTES = 32 << 20
+_TABLE_BYTES = 64 << 20  # smaller ones cost more time than they take memory
 _SLICE_BYTES = 4 << 20  # of one process's share of a large one
 
 
