@@ -289,8 +289,8 @@ class IRDModel(Merges):
             state_dict = with_coded_indices(state_dict, shapes)
             entries = read_entries(state_dict, expected, shapes)
             # Those of a new adapter's file have been compared with the model's.
-            own = _own_shapes(model, config, adapter_name)
-            check_sizes(base, entries, (own if is_new else None) or shapes)
+            known = _own_shapes(model, config, adapter_name) if is_new else None
+            check_sizes(base, entries, known or shapes)
             config.forget_fingerprints(replaced_modules(state_dict))
             if is_new and not config.ignore_base_mismatch:
                 check_base(base, entries, config.fingerprint or {})
@@ -300,8 +300,8 @@ class IRDModel(Merges):
             check_tied_heads(base, config, expected)
             resize(model, config, adapter_name, expected)
         if saved:
-            own = _own_shapes(model, config, adapter_name)
-            state_dict = fitted(state_dict, entries, own or shapes)
+            known = _own_shapes(model, config, adapter_name)  # resizing writes others
+            state_dict = fitted(state_dict, entries, known or shapes)
             for layer in layers_of(model).values():
                 layer.await_load(adapter_name)
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
