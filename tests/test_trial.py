@@ -257,6 +257,16 @@ class TestWhatIsHeld:
         counted = 64 * WIDTH * outcome.token_bytes + outcome.sample_bytes
         assert held <= counted * len(samples) < 64 * WIDTH * 8
 
+    def test_a_limit_lets_any_number_of_processes_keep_as_much(self):
+        """Else other samples would share batches, and sums would round otherwise."""
+        pool = pool_of(made(Steps()))
+        kept = set()
+        for size in (1, 2, 4):
+            ranks = Ranks()
+            ranks.size = size
+            kept.add(Limits.of(pool, None, 40 * len(pool), ranks).cache_bytes)
+        assert len(kept) == 1
+
     def test_processes_keep_as_much_as_the_smallest_can(self, monkeypatch):
         ranks = Ranks()
         monkeypatch.setattr(ranks, "gather", lambda mine: [mine, 40_000])
