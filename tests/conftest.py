@@ -5,6 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import importlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 VOCABULARY = 40
 torch.set_num_threads(1)  # the models are too small to share
 settings.register_profile("unhurried", deadline=None)  # other work may be beside
@@ -178,3 +182,11 @@ def any_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def tiny_model(name: str) -> nn.Module:
     return make_model(name)
+
+
+@pytest.fixture
+def in_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Call a function of a test module in several processes of one group."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    found: Callable[..., list[Any]] = importlib.import_module("processes").in_processes
+    return found

@@ -1,8 +1,6 @@
 """Several processes select what one does."""
 
-import importlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from peft_ird.selection.gradients.ranks import Ranks
 from peft_ird.selection.gradients.statistics import Scores
 from tests.conftest import make_model, make_samples, task_type
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SETTINGS = {
     "ird": {"density": 0.01, "num_samples": 13, "initial_density": 0.1},
     "reverse_ird": {"density": 0.01, "num_samples": 13, "initial_density": 0.1},
@@ -211,12 +208,6 @@ def work():
     rank = dist.get_rank()
     heard = errors(rank), replayed(rank), late_error(rank)
     return selections(), heard, differences(rank), overflowing()
-
-
-@pytest.fixture
-def in_processes(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("processes").in_processes
 
 
 @pytest.fixture(scope="module")

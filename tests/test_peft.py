@@ -912,15 +912,17 @@ def test_saving_from_a_compiled_model(name):
 def test_weights_that_shadow_parameters_are_replaced():
     """As FSDP does: the module finds its weight in its __dict__."""
     torch.manual_seed(0)
-    settings = IRDConfig(density=0.5, method="random", init_weights=False)
+    settings = IRDConfig(density=0.9, method="random", init_weights=False)
     model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), settings)
     x = torch.randn(2, 3)
     expected = model(x)
-    linear = model.base_model.model[0].base_layer
-    for parameter_name in ("weight", "bias"):
-        tensor = linear._parameters.pop(parameter_name).data
-        linear.__dict__[parameter_name] = tensor
+    layer = model.base_model.model[0]
+    read = {name: getattr(layer, name) for name in ("weight", "bias")}
+    for name, tensor in read.items():
+        assert not torch.equal(tensor, getattr(layer.base_layer, name))
+        layer.base_layer.__dict__[name] = layer.base_layer._parameters.pop(name).data
     assert torch.equal(model(x), expected)
+    assert all(torch.equal(getattr(layer, name), read[name]) for name in read)
 
 
 @pytest.mark.parametrize("lora_first", [True, False])

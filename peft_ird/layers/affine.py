@@ -89,9 +89,10 @@ class Affine(IRDLayer):
         """
         base = self.get_base_layer()
         device = next(iter(dense.values())).device
+        shapes = {name: getattr(base, name).shape for name in self._names}
         zeros = {
-            name: torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-            for name, parameter in base.named_parameters(recurse=False)
+            name: torch.zeros(shape, dtype=torch.float32, device=device)
+            for name, shape in shapes.items()
         }
         args, kwargs = tree_map_only(Tensor, _raised, (args, kwargs))
 

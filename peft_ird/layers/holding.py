@@ -14,9 +14,31 @@ from peft_ird.sparse.delta import check_indices, index_dtype
 from peft_ird.sparse.fingerprint import differs, fingerprint
 from peft_ird.sparse.support import Support
 
-__all__ = ["Codes", "Holding", "device_of"]
+__all__ = ["Codes", "Holding", "Values", "device_of"]
 
 _CHECKING = threading.RLock()  # one thread decodes what was loaded, the others wait
+
+
+class Values(nn.ParameterDict):
+    """The values of an adapter, by parameter. Shape ``[k]`` each.
+
+    Called, it returns them where they are computed with: it is when a module is called
+    that accelerate brings its tensors to a device, and FSDP its shards together.
+    """
+
+    __call__ = nn.Module.__call__  # which other dictionaries of parameters refuse
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return the values, by parameter."""
+        return {  # FSDP takes its views of a shared buffer away after the call
+            name: values if isinstance(values, nn.Parameter) else values.clone()
+            for name, values in self.items()
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and len(self):  # by which PEFT tells FSDP what is trained
+            name = next(iter(self))
+        return super().__getattr__(name)
 
 
 class Codes(BufferDict):  # type: ignore[misc]

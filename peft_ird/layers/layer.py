@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from peft_ird.layers.holding import Codes, Holding, device_of
+from peft_ird.layers.holding import Codes, Holding, Values, device_of
 from peft_ird.layers.merging import Rounding
 from peft_ird.layers.mixed_batch import BASE, by_sample
 from peft_ird.layers.quantized import CodedWeight
 from peft_ird.layers.reading import Reading
-from peft_ird.layers.substitution import call_with_parameters, onloaded
+from peft_ird.layers.substitution import call_with_parameters
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
 
@@ -45,7 +45,9 @@ class IRDLayer(Reading, Holding):
         self.irdelta_indices: Any = nn.ModuleDict()  # the same, adapter -> parameter
         self.irdelta_originals: Any = nn.ModuleDict()  # what merging overwrote
         self.merged_adapters = []
-        self.path = type(self.get_base_layer()).__name__
+        base = self.get_base_layer()
+        self._names = tuple(n for n, _ in base.named_parameters(recurse=False))
+        self.path = type(base).__name__
         self.cast_input_dtype_enabled = True  # PEFT's helper turns it off for a while
         self.rounding = Rounding()
         self._disable_adapters = False
@@ -57,7 +59,7 @@ class IRDLayer(Reading, Holding):
         self._shared: dict[str, list[tuple[IRDLayer, str]]] = {}
         self._is_tied = False  # whether another layer uses a parameter of this one
         self.register_load_state_dict_post_hook(_check_what_was_loaded)  # type: ignore[no-untyped-call]
-        self.in_features, self.out_features = self._features(self.get_base_layer())
+        self.in_features, self.out_features = self._features(base)
 
     @staticmethod
     def _features(base_layer: Any) -> tuple[int | None, int | None]:
@@ -93,7 +95,7 @@ class IRDLayer(Reading, Holding):
             fingerprint: What the base weights at loaded indices should hash to.
         """
         self._refuse_if_merged(adapter_name)
-        values = nn.ParameterDict()
+        values = Values()
         # Optimizers know parameters by their order, whoever counted the entries.
         own = self.get_base_layer()._parameters
         order = dict.fromkeys(["weight", *own, *sorted(counts)])
@@ -168,8 +170,8 @@ class IRDLayer(Reading, Holding):
 
     def _delta(self, adapter_name: str, name: str) -> SparseDelta:
         indices = self._indices(adapter_name)[name]
-        with onloaded(self.irdelta_values[adapter_name]) as values:
-            return self._assembled(adapter_name, name, indices, values[name])
+        values = self.irdelta_values[adapter_name]()
+        return self._assembled(adapter_name, name, indices, values[name])
 
     def _assembled(
         self, adapter_name: str, name: str, indices: Tensor, values: Tensor
@@ -304,11 +306,10 @@ class IRDLayer(Reading, Holding):
             if adapter not in held:
                 continue
             indices = self._indices(adapter)
-            with onloaded(held[adapter]) as values:
-                for name, tensor in values.items():
-                    if tensor.numel():
-                        delta = self._assembled(adapter, name, indices[name], tensor)
-                        deltas.setdefault(name, []).append(delta)
+            for name, values in held[adapter]().items():
+                if values.numel():
+                    delta = self._assembled(adapter, name, indices[name], values)
+                    deltas.setdefault(name, []).append(delta)
         return deltas
 
     def _move_adapter_to_device_of_base_layer(

@@ -73,6 +73,9 @@ class Reading(nn.Module):
     """
 
     get_base_layer: Any
+    _names: tuple[
+        str, ...
+    ]  # of the module's parameters; FSDP puts views in their place
 
     def _base_parameter(self, name: str) -> Tensor:
         raise NotImplementedError
@@ -108,8 +111,9 @@ class Reading(nn.Module):
 
     def _read(self, name: str) -> Any:
         base = self.get_base_layer()
-        own = base._parameters.get(name)
-        return self.parameter_in_force(name) if own is not None else getattr(base, name)
+        found = getattr(base, name)
+        is_parameter = name in self._names and found is not None
+        return self.parameter_in_force(name) if is_parameter else found
 
     def __getattr__(self, name: str) -> Any:
         try:

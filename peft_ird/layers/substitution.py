@@ -1,35 +1,13 @@
 """Calling a module with other parameters than its own."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-__all__ = ["call_with_parameters", "onloaded", "with_forward", "with_parameters"]
-
-
-@contextmanager
-def onloaded(container: Any) -> Iterator[Any]:
-    """Bring the tensors of a container to where accelerate computes with them.
-
-    Accelerate does it when a module is called, which a container never is. Tensors that
-    are taken out inside stay there.
-
-    Args:
-        container: A dictionary of parameters.
-    """
-    hook = container.__dict__.get("_hf_hook")
-    if hook is None:
-        yield container
-        return
-    hook.pre_forward(container)
-    try:
-        yield container
-    finally:
-        hook.post_forward(container, None)
+__all__ = ["call_with_parameters", "with_forward", "with_parameters"]
 
 
 def call_with_parameters(
