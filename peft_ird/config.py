@@ -1,11 +1,13 @@
 """The configuration of the tuner."""
 
 import copy
+import inspect
 import tempfile
+import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
@@ -21,12 +23,30 @@ from peft_ird.sparse.storage import Entries, read_adapter_file
 
 __all__ = ["IRDConfig"]
 
+C = TypeVar("C", bound=PeftConfig)
+
 _RUNTIME_ONLY = ("calibration", "selection", "memory_limit", "ignore_base_mismatch")
 
 
 def option(default: Any, text: str) -> Any:
     """Return a dataclass field with a help text."""
     return field(default=default, metadata={"help": text})
+
+
+def documented(config: type[C]) -> type[C]:
+    """Put the help texts of a configuration's own fields into its docstring."""
+    arguments = [
+        textwrap.fill(
+            f"{name}: {config.__dataclass_fields__[name].metadata['help']}",
+            width=88,
+            initial_indent="    ",
+            subsequent_indent="        ",
+        )
+        for name in inspect.get_annotations(config)
+    ]
+    head, raises, tail = (inspect.getdoc(config) or "").partition("Raises:")
+    config.__doc__ = "\n".join([f"{head}Args:", *arguments, "", raises + tail])
+    return config
 
 
 _CARD = """
@@ -40,11 +60,10 @@ import peft_ird
 """
 
 
+@documented
 @dataclass
 class IRDConfig(PeftConfig):  # type: ignore[misc]
     """Configuration of an [`IRDModel`]: which entries are trained, and how many.
-
-    The text of each field is in its ``metadata["help"]``.
 
     Raises:
         ValueError: If an option is unknown or out of range, or if not exactly one of

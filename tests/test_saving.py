@@ -377,6 +377,8 @@ def test_every_option_has_a_help_text():
     fields = [f for f in dataclasses.fields(IRDConfig) if f.name in own]
     assert fields
     assert all(len(f.metadata.get("help", "")) > 20 for f in fields)
+    told = " ".join(IRDConfig.__doc__.split())
+    assert all(f"{f.name}: {f.metadata['help']}" in told for f in fields)
 
 
 def test_a_file_says_of_each_module_all_in_one_line(tmp_path):
