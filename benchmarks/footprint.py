@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import status
 from shapes import Batch, Shape, build, draw
 from torch import Tensor, nn
-from trainees import Trainee
+from trainees import Trainee, optimizer_of
 
 Record = dict[str, Any]
 
@@ -65,14 +66,13 @@ def _peak(each: Trainee, shape: Shape, device: str, dtype: str) -> Record:
     else:
         _resident()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained) if trained else None
+    optimizer = optimizer_of(model)
     for _ in range(2):
         model(**batch).loss.backward()
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if on_gpu else status("VmHWM")
     return {"before": before, "peak": peak, "beyond": peak - before}
 
 
@@ -80,12 +80,7 @@ def _resident() -> int:
     """Give freed memory back, and return what is left."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(dict(line.split(":", 1) for line in lines)[field].split()[0])
+    return status("VmRSS")
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Record:

@@ -106,6 +106,17 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
+def status(field: str) -> int:
+    """Return what Linux says of this process's memory, in bytes.
+
+    Args:
+        field: ``"VmRSS"``, resident now, or ``"VmHWM"``, at the peak.
+    """
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    found = dict(line.split(":", 1) for line in lines)[field]
+    return 1024 * int(found.split()[0])
+
+
 def write(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, then rename it."""
     temporary = path.with_suffix(".tmp")

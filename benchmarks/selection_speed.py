@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peers import CONTESTANTS, PEERS, Work, with_batches
-from record import RESULTS, circumstances, giving_back, keep_memory, write
+from record import RESULTS, circumstances, giving_back, keep_memory, status, write
 from speed_table import table
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -289,19 +289,14 @@ def peak(
     model = build(shape, seed)
     pool = candidates(model, "all")
     work = Work(model, pool, draw(model, "64", count, seed), 64, groups)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     _, seconds = time_once(name, work)
     return {
         "before": before,
-        "peak": _status("VmHWM"),
+        "peak": status("VmHWM"),
         "candidates": len(pool),
         "seconds": seconds,
     }
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(dict(line.split(":", 1) for line in lines)[field].split()[0])
 
 
 def accuracy(shape: str, seed: int) -> Record:

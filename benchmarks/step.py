@@ -23,7 +23,7 @@ from record import circumstances, giving_back, keep_memory, result_file, write
 from shapes import SHAPES, Batch, Shape, build, draw, targets
 from step_table import table
 from torch import nn
-from trainees import BUILDERS, Trainee, clustered, trainees
+from trainees import BUILDERS, Trainee, clustered, optimizer_of, trainees
 
 from peft_ird import IRDConfig
 
@@ -174,9 +174,9 @@ def prepare(
 ) -> tuple[Runner, Record]:
     """Build a contestant, take one step, and return its sizes beside it."""
     model, batch = each.build(model), draw(shape, options.seed, options.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    runner = Runner(model, batch, torch.optim.AdamW(trained) if trained else None)
-    found: Record = {"trained": sum(p.numel() for p in trained)}
+    runner = Runner(model, batch, optimizer_of(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found: Record = {"trained": trained}
     found["kept"] = kept_bytes(model, batch)
     runner.step()
     if each.name.startswith("ird") and runner.optimizer:

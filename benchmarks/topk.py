@@ -14,7 +14,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import RESULTS, git_state, machine, versions, write
+from record import (
+    RESULTS,
+    git_state,
+    giving_back,
+    keep_memory,
+    machine,
+    status,
+    versions,
+    write,
+)
 from torch import Tensor
 
 from peft_ird.selection.topk import TopK
@@ -133,22 +142,16 @@ def extra_bytes(name: str, density: float, layers: int, seed: int) -> float:
     for part in parts:
         part.sum()  # brings back what was swapped out
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the peak
-    before = resident("VmRSS")
+    before = status("VmRSS")
     contender(parts, round(density * count(parts)))
-    return (resident("VmHWM") - before) / count(parts)
+    return (status("VmHWM") - before) / count(parts)
 
 
 def in_a_new_process(name: str, density: float, layers: int, seed: int) -> float:
     """Return the extra bytes where nothing else has run."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with giving_back(), ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(extra_bytes, name, density, layers, seed).result()
-
-
-def resident(field: str) -> int:
-    """Return the resident bytes of this process, now or at the peak."""
-    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if field in line)
 
 
 def count(parts: list[Tensor]) -> int:
@@ -167,4 +170,5 @@ def describe(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -53,6 +53,12 @@ class Trainee:
         return BUILDERS[self.name](model, self)
 
 
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer | None:
+    """Return the stock Trainer's optimizer of what is trained, if anything is."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, fused=True) if trained else None
+
+
 def trainees(names: list[str], densities: list[float], seed: int) -> list[Trainee]:
     """Return all contestants of some names, once per density where it matters."""
     return [
