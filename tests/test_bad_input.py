@@ -16,6 +16,7 @@ from torch import nn
 from transformers import ReformerConfig, ReformerModelWithLMHead
 
 from peft_ird import Calibration, IRDConfig, select_parameters
+from peft_ird.adapter import settling
 from tests import oracles
 from tests.conftest import make_model, make_samples
 
@@ -539,6 +540,23 @@ def test_a_selection_for_another_model():
     selection = select_parameters(make_model("bert"), config(budget=9, method="random"))
     with pytest.raises(ValueError, match="has no parameter"):
         get_peft_model(make_model("llama"), IRDConfig(selection=selection))
+
+
+def test_a_configuration_that_is_refused_late_stays_as_it_was(monkeypatch):
+    settings = IRDConfig(density=0.1, method="magnitude", target_modules=["query"])
+    model = make_model("bert")
+    settings.selection = select_parameters(
+        model, IRDConfig(density=0.1, method="random", target_modules=["query"])
+    )
+
+    def refuse(*_: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(settling, "check_tied_heads", refuse)
+    before = settings.to_dict()
+    with pytest.raises(ValueError, match="no"):
+        get_peft_model(model, settings)
+    assert settings.to_dict() == before
 
 
 def test_weights_on_the_meta_device_are_refused():

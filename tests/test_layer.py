@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import get_peft_model
 from torch import nn
@@ -20,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ird import IRDConfig
 from peft_ird.adapter.modules import layers_of
+from peft_ird.layers.kinds import wrap
 from peft_ird.layers.layer import IRDLayer
 from tests import oracles
 from tests.oracles import TOL
@@ -568,3 +572,77 @@ def test_hooks_on_a_low_precision_layer_see_the_delta(make, is_compiled):
     found = (run if is_compiled else model)(x).float()
     model.merge_adapter()
     torch.testing.assert_close(found, model(x).float(), rtol=0.03, atol=0.3)
+
+
+COMPILED = {
+    "norm": lambda: nn.LayerNorm(4),
+    "custom": Scale,
+    "hooked": lambda: nn.Linear(4, 4),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_modules_that_are_compiled_in_place_have_their_deltas(kind):
+    """Their calls go to what was compiled, whose parameters are the base's."""
+    torch.manual_seed(0)
+    base, x = COMPILED[kind](), torch.randn(2, 4)
+    base.compile(backend="eager")
+    if kind == "hooked":
+        base.register_forward_hook(lambda *_: None)
+    settings = IRDConfig(density=1.0, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(base), settings)
+    plain = base(x)
+    active = model(x)
+    assert not torch.allclose(active, plain)
+    model.merge_adapter()
+    assert_close(model(x), active, **TOL[torch.float32])
+
+
+def test_entries_of_a_parameter_that_a_linear_layer_has_besides():
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4, bias=False)
+            self.scale = nn.Parameter(torch.ones(4))
+
+    layer, x = wrap(Scaled()), torch.randn(2, 4)
+    layer.update_layer("one", {"scale": torch.tensor([0, 2])}, {"scale": 2}, False)
+    layer.set_adapter(["one"])
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert not torch.equal(layer.scale, torch.ones(4))
+
+
+def test_threads_in_a_forward_that_a_library_replaced_leave_the_base_alone():
+    """As accelerate's: the module itself is lent other tensors for the call."""
+    torch.manual_seed(0)
+    base, x = nn.LayerNorm(4), torch.randn(2, 4)
+    original, calls = base.weight, []
+    second_came, first_left = threading.Event(), threading.Event()
+
+    def forward(x):
+        calls.append(x)
+        if len(calls) == 1:
+            second_came.wait(0.3)
+        else:
+            second_came.set()
+            first_left.wait(0.3)
+        return nn.LayerNorm.forward(base, x)
+
+    settings = IRDConfig(density=1.0, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(base), settings)
+    expected = model(x)
+    base.forward = forward
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(model, x) for _ in range(2)]
+        assert torch.equal(runs[0].result(), expected)
+        first_left.set()
+        assert torch.equal(runs[1].result(), expected)
+    assert base.weight is original
+
+
+def test_an_offloaded_module_that_cannot_take_a_delta_says_so():
+    settings = IRDConfig(density=1.0, method="random", init_weights=False)
+    model = get_peft_model(nn.Sequential(Scale()), settings)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"'0\.[ab]' is offloaded.*exclude_modules"):
+        model(torch.randn(2, 4))

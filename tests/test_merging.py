@@ -184,8 +184,9 @@ def test_entries_of_a_tied_weight_act_wherever_it_is(targets):
     assert_close(model(**make_batch("llama")).logits, active)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.filterwarnings("ignore:Already unmerged")
-def test_adapters_that_know_a_tied_weight_by_other_names():
+def test_adapters_that_know_a_tied_weight_by_other_names(dtype):
     settings = {"task_type": "CAUSAL_LM", "init_weights": False}
     selections = [
         select_parameters(
@@ -195,15 +196,18 @@ def test_adapters_that_know_a_tied_weight_by_other_names():
         for name in ("lm_head", "embed_tokens")
     ]
     torch.manual_seed(0)
-    model = make_model("llama").double()
+    model = make_model("llama").to(dtype)
     model = get_peft_model(model, IRDConfig(selection=selections[0], **settings), "one")
     model.add_adapter("two", IRDConfig(selection=selections[1], **settings))
+    before = model.get_base_model().lm_head.get_base_layer().weight.clone()
     for names in (["one"], ["two"], ["one", "two"]):
         model.base_model.set_adapter(names)
         active = model.eval()(**make_batch("llama")).logits
         model.merge_adapter()
         assert_close(model(**make_batch("llama")).logits, active)
         model.unmerge_adapter()
+        after = model.get_base_model().lm_head.get_base_layer().weight
+        assert torch.equal(after, before)
 
 
 def test_a_name_given_twice_is_merged_once():

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from transformers import (
 
 from peft_ird import IRDConfig
 from peft_ird.layers.mixed_batch import handed_out
+from peft_ird.sparse.lending import with_delta
 from tests.conftest import make_batch, make_model, task_type
 from tests.oracles import TOL
 
@@ -370,3 +371,34 @@ def test_threads_have_adapters_of_their_own():
         work = {name: threads.submit(run, wanted) for name, wanted in names.items()}
     for name, each in work.items():
         assert_close(each.result(), expected[name], **TOL[torch.float64])
+
+
+@pytest.mark.parametrize("wanted", [["two"] * 3, ["__base__"] * 3, None])
+def test_a_delta_in_a_weight_is_not_seen_by_threads_without_it(wanted):
+    """Neither by those whose adapter has no entries in that module."""
+    torch.manual_seed(0)
+    settings = {"method": "random", "density": 0.5, "init_weights": False}
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    first, second = (IRDConfig(target_modules=[n], **settings) for n in "01")
+    model, x = get_peft_model(base, first, "one"), torch.randn(3, 4)
+    model.add_adapter("two", second)
+    model.set_adapter("two")
+    layer = model.eval().base_model.model[0]
+    weight, delta = layer.base_layer.weight, layer._delta("one", "weight")
+    options = {} if wanted is None else {"adapter_names": wanted}
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(x, **options)
+
+    expected = run()
+    with ThreadPoolExecutor(1) as threads:
+
+        def look(_: Tensor) -> Future[Tensor]:
+            found = threads.submit(run)
+            with pytest.raises(TimeoutError):
+                found.result(0.2)  # it waits until the delta is out
+            return found
+
+        found = with_delta(weight, delta.indices, delta.values, look)
+        assert torch.equal(found.result(60), expected)

@@ -32,6 +32,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from peft_ird import Calibration, IRDConfig, IRDModel, select_parameters
 from peft_ird.adapter.modules import layers_of
 from peft_ird.layers.layer import IRDLayer
+from peft_ird.sparse import ways
 from tests.conftest import make_batch, make_model, make_samples, task_type
 from tests.oracles import TOL
 
@@ -964,6 +965,34 @@ def mixed_model(base: nn.Module, *targets: list[str]) -> PeftMixedModel:
     model = get_peft_model(base, lora, "low", mixed=True)
     model.add_adapter("sparse", ird)
     return model.eval()
+
+
+def test_a_forced_way_leaves_nothing_of_others_out():
+    model = mixed_model(make_model("bert"), ["query"])
+    model.set_adapter(["low", "sparse"])
+    expected = logits(model, "bert")
+    for way in ("in_weight", "separate"):
+        with ways.forced(way=way):
+            assert_close(logits(model, "bert"), expected, **TOL[torch.float32])
+
+
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_a_tied_head_inside_another_tuners_layer_has_the_delta_once():
+    settings = {"method": "random", "init_weights": False}
+    model = get_peft_model(
+        make_model("gpt2"),
+        IRDConfig(density=0.1, target_modules=["wte"], **settings),
+        adapter_name="table",
+        mixed=True,
+    ).eval()
+    model.add_adapter("low", LoraConfig(r=2, target_modules=["lm_head"]))
+    model.set_adapter(["table"])
+    expected = logits(model, "gpt2")
+    other = IRDConfig(budget=5, target_modules=["c_fc"], **settings)
+    model.add_adapter("other", other)
+    model.set_adapter(["table"])
+    assert_close(logits(model, "gpt2"), expected)
 
 
 @pytest.mark.parametrize("order", [["low", "sparse"], ["sparse", "low"]])

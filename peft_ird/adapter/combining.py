@@ -119,7 +119,8 @@ class Combination:
         if self.density is None or self.rule not in _PRUNES:
             return values
         if not self.rule.startswith("dare"):
-            count = max(1, int(self.density * len(values)))  # small biases have one
+            count = int(self.density * len(values))
+            count = min(len(values), max(1, count))  # small biases have one
             largest = values.abs().topk(count).indices
             return torch.zeros_like(values).index_copy_(0, largest, values[largest])
         chance = torch.rand(len(values), generator=random, device="cpu").to(

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -142,10 +143,8 @@ def install(
 ) -> IRDLayer:
     """Give the adapter its entries in one module, which is wrapped if need be."""
     assert config.nnz_pattern is not None
-    inner = target
-    while isinstance(inner, BaseTunerLayer) and not isinstance(inner, IRDLayer):
-        inner = inner.base_layer  # another tuner's layer may be around ours
-    layer = inner if isinstance(inner, IRDLayer) else _wrap_alike(model, target, name)
+    inner = _layer_in(target)
+    layer = inner or _wrap_alike(model, target, name)
     if layer is not inner:
         layer.set_adapter([adapter_name])
     layer.update_layer(
@@ -162,6 +161,13 @@ def install(
     if layer is not inner:
         replace(model, target, layer)
     return layer
+
+
+def _layer_in(module: Any) -> IRDLayer | None:
+    """Return a module's layer, which another tuner's layer may be around."""
+    while isinstance(module, BaseTunerLayer) and not isinstance(module, IRDLayer):
+        module = module.base_layer
+    return module if isinstance(module, IRDLayer) else None
 
 
 def _numels(config: IRDConfig, name: str) -> dict[str, int]:
@@ -276,11 +282,12 @@ def share_tied(model: nn.Module) -> None:
     for places in holders.values():
         owners = [(m, p) for m, p in _layers_at(model, places) if m.has_entries(p)]
         for name, held in places if owners and len(places) > 1 else ():
-            layer = model.get_submodule(name)
-            if not isinstance(layer, IRDLayer):
-                layer = _wrap_alike(model, layer, name)
+            module = model.get_submodule(name)
+            layer = _layer_in(module)
+            if layer is None:
+                layer = _wrap_alike(model, module, name)
                 layer.set_adapter(owners[0][0].active_adapters)
-                replace(model, model.get_submodule(name), layer)
+                replace(model, module, layer)
             for owner, owned in owners:
                 if owner is not layer:
                     layer.share(held, owner, owned)
@@ -291,8 +298,8 @@ def _layers_at(
 ) -> Iterator[tuple[IRDLayer, str]]:
     """Yield the modules that are layers, and the names of their parameters."""
     for name, parameter in places:
-        layer = model.get_submodule(name)
-        if isinstance(layer, IRDLayer):
+        layer = _layer_in(model.get_submodule(name))
+        if layer is not None:
             yield layer, parameter
 
 

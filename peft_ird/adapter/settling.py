@@ -51,10 +51,11 @@ def settle(
         ValueError: If data, options, a selection or a file do not fit the model.
     """
     _check_heads(model, config)
+    settled: dict[str, Any] = {}
     if state_dict is not None:
         counts = entry_counts(state_dict)
         shapes = parameter_shapes(model, counts)
-        config.selection = None
+        settled["selection"] = None
     elif config.awaits_weights:
         assert config.nnz_pattern is not None
         counts = config.nnz_pattern
@@ -65,7 +66,7 @@ def settle(
             check_base(model, config._entries, config.fingerprint or {})
         # The file's tensors are as large as these shapes say; rows may have been added.
         shapes = config.shape_pattern or shapes
-        config._entries = None
+        settled["_entries"] = None
     elif config.selection is None and not resolve_targets(model, config):
         config.nnz_pattern = config.shape_pattern = None
         return  # PEFT knows best what to say
@@ -79,13 +80,15 @@ def settle(
         _check_size(config, len(selection), selection.num_candidates)
         if selection is config.selection and selection.method in METHODS:
             # The options of a selection of its own are not those of this one.
-            config.method, config.seed = selection.method, selection.seed
-        config.selection = selection
-        config.provenance, config.fingerprint = provenance(selection), None
+            settled |= {"method": selection.method, "seed": selection.seed}
+        settled |= {"selection": selection, "fingerprint": None}
+        settled["provenance"] = provenance(selection)
     for name, parameters in counts.items():
         check_names(name, parameters)
     check_tied_heads(model, config, counts)
-    config.nnz_pattern, config.shape_pattern = counts, shapes
+    settled |= {"nnz_pattern": counts, "shape_pattern": shapes}
+    for option, value in settled.items():
+        setattr(config, option, value)
 
 
 def fitted(

@@ -66,6 +66,12 @@ class Affine(IRDLayer):
         base = self.get_base_layer()
         return base is self.base_layer and not _has_hooks(base)
 
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        is_broken = torch.compiler.is_compiling() or not self._is_alone()
+        if is_broken or kwargs or len(args) != 1:
+            return super()._pass(*args, **kwargs)
+        return self._run_base(*args)
+
     def _call_and(self, add: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
         """Add to the base layer's output what hooks and other tuners see as its own."""
         if self._is_alone():

@@ -79,7 +79,8 @@ class Embedding(CustomEmbedding):
 
     def _run_base(self, x: Tensor) -> Tensor:
         base = self.get_base_layer()
-        if not self._is_tied or base.weight.requires_grad or "forward" in vars(base):
+        is_frozen = base.max_norm is None and not base.weight.requires_grad
+        if not self._is_tied or not is_frozen or "forward" in vars(base):
             return super()._run_base(x)
         return rows_of(base.weight, x)
 
@@ -104,7 +105,9 @@ class Linear(Affine):
         if not args and kwargs.keys() == {self._input}:
             args, kwargs = (kwargs[self._input],), {}
         has_weight = "weight" in deltas
-        is_plain = not has_weight and not is_low_precision(self._base_parameter("bias"))
+        is_plain = not has_weight and not any(
+            is_low_precision(self._base_parameter(name)) for name in deltas
+        )
         if is_plain or not self._is_simple_call(deltas, args, kwargs):
             return super()._run(deltas, *args, **kwargs)
         if has_weight and self.is_applied_in_weight(*args):
@@ -123,18 +126,18 @@ class Linear(Affine):
         Args:
             x: The input.
         """
+        base = self.get_base_layer()
+        if "forward" in base.__dict__ or not self._is_alone():
+            return False  # what else takes part would be left out
         forced = way_in_force()
         if forced is not None:
             return forced == "in_weight"
-        base = self.get_base_layer()
         weight = base.weight  # under FSDP no parameter, but a view
         return (
             weight.dtype in {torch.float32, torch.float64}
             and x.dtype == weight.dtype
             and type(weight) in _PLAIN
             and not weight.requires_grad
-            and "forward" not in base.__dict__
-            and self._is_alone()
             and not is_autocast(x.device.type)
         )
 

@@ -272,16 +272,31 @@ class IRDLayer(Reading, Holding):
                 layer.unmerge()
 
     def _run_or_pass(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
-        if not deltas:
+        if deltas:
+            return self._run(deltas, *args, **kwargs)
+        if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
-        return self._run(deltas, *args, **kwargs)
+        return self._pass(*args, **kwargs)
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base layer while other threads may run it with deltas."""
+        return self.base_layer(*args, **kwargs)
 
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
-        parameters = {
-            name: add_deltas(self._base_parameter(name), found)
-            for name, found in deltas.items()
-        }
+        weights = {name: self._base_parameter(name) for name in deltas}
+        if "forward" in vars(self.get_base_layer()):  # accelerate's
+            self._refuse_offloaded(weights)
+        parameters = {n: add_deltas(w, deltas[n]) for n, w in weights.items()}
         return call_with_parameters(self.base_layer, parameters, args, kwargs)
+
+    def _refuse_offloaded(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            if weight.is_meta:
+                raise ValueError(
+                    f"'{self.path}.{name}' is offloaded, and modules of its type do "
+                    "not compute with a delta there. Keep the module in memory, by its "
+                    "`device_map`, or leave it out by `exclude_modules`."
+                )
 
     def _deltas_in_force(
         self, adapters: Sequence[str] | None = None

@@ -1,6 +1,8 @@
 """Calling a module with other parameters than its own."""
 
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 __all__ = ["call_with_parameters", "with_forward", "with_parameters"]
+
+_LENDING = threading.RLock()  # a module that is lent tensors may have others in it
 
 
 def call_with_parameters(
@@ -32,10 +36,12 @@ def call_with_parameters(
         chain.append(chain[-1].base_layer)
     # A shallow copy breaks a compiled graph, and a forward that accelerate put on the
     # instance is bound to the original: there the module itself is lent the tensors.
-    if torch.compiler.is_compiling() or any("forward" in m.__dict__ for m in chain):
+    is_compiled = torch.compiler.is_compiling()
+    if is_compiled or any("forward" in m.__dict__ for m in chain):
         prefix = "base_layer." * (len(chain) - 1)
         named = {prefix + name: tensor for name, tensor in parameters.items()}
-        return torch.func.functional_call(module, named, args, kwargs)
+        with nullcontext() if is_compiled else _LENDING:
+            return torch.func.functional_call(module, named, args, kwargs)
     return with_parameters(module, parameters)(*args, **kwargs)
 
 
@@ -80,4 +86,5 @@ def _copied(module: nn.Module) -> nn.Module:
     """Copy as torch's replicas are: modules with parametrisations refuse `copy`."""
     clone: nn.Module = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
+    clone.__dict__.pop("_compiled_call_impl", None)  # calls the original
     return clone

@@ -108,9 +108,8 @@ _input_gradient = Operator(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
-    x, weight, bias, values, indices, ctx.sizes, held = inputs[:7]
+    x, weight, _, values, indices, ctx.sizes, held = inputs[:7]
     ctx.method, ctx.is_transposed = inputs[7:]
-    ctx.has_bias = bias is not None
     support = Support.with_sizes(ctx.sizes, held)
     needed = kept(x, values, indices, support, ctx.is_transposed)
     ctx.save_for_backward(needed, weight, values, indices, held)
@@ -128,7 +127,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, needed, values, indices, ctx.sizes, held, ctx.method,
             ctx.is_transposed,
         )  # fmt: skip
-    if needs_bias and ctx.has_bias:
+    if needs_bias:
         for_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return for_x, None, for_bias, for_values, *(None,) * 5
 

@@ -17,8 +17,8 @@ from peft_ird.sparse.linear import affine, input_gradient
 from peft_ird.sparse.operator import Operator
 from peft_ird.sparse.products import HALVES, computable
 from peft_ird.sparse.support import Support
-from peft_ird.sparse.values import entries, support_of, taken, without_autocast
-from peft_ird.sparse.ways import gradient_in_force, is_autocast
+from peft_ird.sparse.values import entries, support_of, taken
+from peft_ird.sparse.ways import gradient_in_force, is_autocast, no_autocast
 
 __all__ = ["linear_and_product", "plus_product"]
 
@@ -93,7 +93,7 @@ def _compute_plus_product(
     is_transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     out = y.clone(memory_format=torch.contiguous_format)
-    with without_autocast(x):
+    with no_autocast(x.device.type):
         delta = _Oriented(x, values, indices, sizes, held, is_transposed)
         return out, delta.add_product_(out, x)
 
@@ -192,7 +192,7 @@ def _compute_gradients(
     One that is not needed is empty.
     """
     for_x, for_values = grad.new_empty(0, dtype=dtype), values.new_empty(0)
-    with without_autocast(grad):
+    with no_autocast(grad.device.type):
         delta = _Oriented(grad, values, indices, sizes, held, is_transposed)
         some = taken(grad.reshape(-1, grad.shape[-1]), delta.outputs)
         if needs_x:

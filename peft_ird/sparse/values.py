@@ -4,7 +4,6 @@ Source: Sung et al., 2021, arXiv:2111.09839. Of the input only what it needs is 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.operator import Operator
 from peft_ird.sparse.products import METHODS
 from peft_ird.sparse.support import Support
-from peft_ird.sparse.ways import is_autocast
+from peft_ird.sparse.ways import no_autocast
 
 __all__ = [
     "entries",
@@ -22,7 +21,6 @@ __all__ = [
     "support_of",
     "taken",
     "value_gradient",
-    "without_autocast",
 ]
 
 
@@ -77,7 +75,7 @@ def _compute(
     """
     rows, columns, places = Support.with_sizes(sizes, held).layout(indices)
     some = taken(grad.reshape(-1, grad.shape[-1]), columns if is_transposed else rows)
-    with without_autocast(grad):
+    with no_autocast(grad.device.type):
         return entries(some, kept, values, places, method, is_transposed)
 
 
@@ -115,9 +113,3 @@ def entries(
 def taken(matrix: Tensor, columns: Tensor) -> Tensor:
     """Return some columns of a matrix; all if none are named."""
     return matrix.index_select(1, columns) if columns.numel() else matrix
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Compute in the types that are there, on a tensor's device."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()
