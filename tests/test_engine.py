@@ -1034,6 +1034,42 @@ class TestModules:
         """Those that are tried send none; others send two tokens to a batch of two."""
         self.check_routed(Experts(PICKS[pick]))
 
+    def test_tokens_are_picked_by_their_numbers(self):
+        """Two in a batch of two, of which one sample has both, or each has one."""
+
+        class Special(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(VOCABULARY, WIDTH)
+                self.extra, self.project = nn.Embedding(3, WIDTH), linear()
+                self.head = nn.Linear(WIDTH, CLASSES)
+
+            def forward(self, ids: Tensor) -> Tensor:
+                is_special = ids >= VOCABULARY - 3
+                found = self.extra(ids[is_special] - (VOCABULARY - 3))
+                hidden = self.table(ids).index_put(
+                    (is_special,), self.project(found).tanh(), accumulate=True
+                )
+                return self.head(hidden.mean(1))
+
+        samples = token_samples((4,) * 6)
+        for sample, count in zip(samples, (1, 1, 2, 0, 1, 1), strict=True):
+            ids = sample["input_ids"]
+            ids.copy_(ids % (VOCABULARY - 3))
+            ids[0, :count] = VOCABULARY - 1
+        check_model(Special().double(), samples, cross_entropy, batch_size=2)
+
+    def test_samples_that_are_sorted_by_their_tokens_are_told_apart(self):
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            ids, labels = batch["input_ids"], batch["labels"]
+            order = ids[:, 0].argsort()
+            return F.cross_entropy(model(ids[order]), labels[order])
+
+        samples = token_samples((4,) * 6)
+        for sample, first in zip(samples, (0, 5, 3, 4, 1, 9), strict=True):
+            sample["input_ids"][0, 0] = first  # those that are tried are in order
+        check_model(net(linear()), samples, loss)
+
     @pytest.mark.parametrize("way", WAYS_THROUGH)
     def test_picked_tokens_stay_so_whatever_is_done_with_them(self, way):
         self.check_routed(Experts(through=WAYS_THROUGH[way]))
@@ -1079,6 +1115,19 @@ class TestModules:
         model = net(linear())
         everything = {name for name, _ in model.named_parameters()}
         check_model(model, samples, loss, everything)
+
+    def test_a_kind_at_odd_positions_is_tried(self):
+        samples = token_samples((3, 4) * 64)
+        for sample in samples[1::2]:
+            sample["weights"] = torch.ones(1)
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            is_other = "weights" in batch
+            return (MIXING_LOSSES["mean by hand"] if is_other else cross_entropy)(
+                model, batch
+            )
+
+        check_model(net(linear()), samples, loss)
 
     def test_samples_that_are_kept_may_do_without_some_parameters(self):
         model, samples = net(Either()), token_samples((4, 3) * 4)

@@ -1,6 +1,6 @@
 """Models whose batches are not, or not always, what their samples are alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import BatchEncoding, MixtralConfig, MixtralForCausalLM
 
 from peft_ird import Calibration, IRDConfig
 from peft_ird.adapter.targets import find_candidates
@@ -16,6 +16,7 @@ from peft_ird.selection.fisher import FisherEstimator
 from peft_ird.selection.gradients.lending import borrowed
 from peft_ird.selection.gradients.limits import Limits
 from peft_ird.selection.gradients.ranks import Ranks
+from peft_ird.selection.gradients.singles import Singles
 from tests.exactness import Loss, check_model, compute, expected_of, own_loss
 from tests.oracles import TOL
 
@@ -57,7 +58,14 @@ class Sometimes(nn.Module):
         return self.out(hidden.mean(1))
 
 
+def written(model: Sometimes, x: Tensor) -> Tensor:
+    y = x.new_zeros(len(x), WIDTH, WIDTH)
+    y[:] = model.matrix.weight
+    return y
+
+
 OTHER_USES: dict[str, Callable[[Sometimes, Tensor], Tensor]] = {
+    "written": written,
     "as it is": lambda m, x: m.matrix.weight.expand(len(x), WIDTH, WIDTH),
     "transposed": lambda m, x: F.linear(x, m.matrix.weight.t(), m.matrix.bias),
     "added": lambda m, x: torch.addmm(m.matrix.bias, x[:, 0], m.matrix.weight)[:, None],
@@ -113,6 +121,18 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
         input=torch.transpose(input=x, dim0=0, dim1=1), dim0=0, dim1=1
     ),
 }
+
+
+class Recurrent(nn.Module):
+    """Most of its parameters are taken one sample at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.LSTM(WIDTH, WIDTH, num_layers=3, batch_first=True)
+        self.out = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x)[0].mean(1))
 
 
 def made(model: nn.Module) -> nn.Module:
@@ -257,6 +277,41 @@ class TestWhatIsHeld:
         counted = 64 * WIDTH * outcome.token_bytes + outcome.sample_bytes
         assert held <= counted * len(samples) < 64 * WIDTH * 8
 
+    def test_a_batch_is_measured_without_the_weights(self):
+        """Those are saved for the backward pass, too, but are there anyhow."""
+
+        class Wide(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.out = nn.Linear(WIDTH, 999), nn.Linear(999, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.out(self.first(x).tanh()).mean(1)
+
+        model, by_token = made(Wide()), []
+        for tokens in (1, 30):
+            data = Calibration(samples_of(tokens, WIDTH, count=3), loss=entropy)
+            with borrowed(model):
+                engine = FisherEstimator(model, pool_of(model), data)._engine
+                by_token.append(engine.prepare((0, 1, 2)).activation_bytes)
+        assert by_token[0] == pytest.approx(by_token[1], rel=0.1)
+
+    def test_gradients_that_go_alone_are_formed_in_groups(self, monkeypatch):
+        model, at_once = made(Recurrent()), []
+        gradients = Singles.gradients
+
+        def noting(self: Singles, position: int, parts: Sequence[int]) -> Any:
+            at_once.append(sum(self.pool.sizes[part] for part in parts))
+            return gradients(self, position, parts)
+
+        monkeypatch.setattr(Singles, "gradients", noting)
+        data, pool = Calibration(samples_of(4, WIDTH), loss=entropy), pool_of(model)
+        limit = 4 * max(pool.sizes) * pool.dtype.itemsize
+        with borrowed(model):
+            estimator = FisherEstimator(model, pool, data, memory_limit=limit)
+            estimator.sample_scores(range(12), None)
+        assert max(at_once) <= 2 * max(pool.sizes) < len(pool)
+
     def test_a_limit_lets_any_number_of_processes_keep_as_much(self):
         """Else other samples would share batches, and sums would round otherwise."""
         pool = pool_of(made(Steps()))
@@ -274,7 +329,30 @@ class TestWhatIsHeld:
         assert limits.cache_bytes == 10_000
 
 
+def test_what_a_tokenizer_made_goes_to_the_models_device():
+    model = made(Steps())
+    pool = pool_of(model)
+    singles = Singles(model.to("meta"), pool, Calibration([]), "empirical", 0)
+    given = BatchEncoding({"input_ids": torch.ones(1, 2)})
+    moved = singles._moved(given)
+    assert isinstance(moved, BatchEncoding)
+    assert moved.input_ids.is_meta
+    assert not given.input_ids.is_meta
+
+
 class TestTheModelComesBack:
+    def test_buffers_may_be_sparse(self):
+        class Graph(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.out = nn.Linear(WIDTH, 2)
+                self.register_buffer("edges", torch.eye(2).double().to_sparse())
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.sparse.mm(self.edges, self.out(x).T).T
+
+        check_model(made(Graph()), samples_of(WIDTH), entropy)
+
     def test_what_a_forward_writes_is_undone(self):
         class Writing(nn.Module):
             def __init__(self) -> None:

@@ -35,8 +35,9 @@ class Calibration:
             default fields are turned into tensors with a leading dimension of one, and
             ``label`` becomes ``labels``.
         loss: ``loss(model, batch)`` returns the loss of a batch: one for each sample,
-            ``[n]``, their sum, or the mean that a loss of ``torch.nn.functional``
-            takes. Another mean, made by hand, is found out and taken one sample at a
+            ``[n]``, their sum, or the mean that ``cross_entropy``, ``nll_loss``,
+            ``mse_loss``, ``l1_loss``, ``smooth_l1_loss`` or ``binary_cross_entropy``
+            (also of logits) takes. Another mean is found out and taken one sample at a
             time, which is slower.
             Default: the ``loss`` of the model's own output.
         batch_size: Samples in a batch while gradients are computed. Default: as many

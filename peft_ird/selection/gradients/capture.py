@@ -52,7 +52,7 @@ class Capture(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if tensors((result,)):
+        if result is None or tensors((result,)):  # None of what is written to
             self._recorder.refuse(tensors((*args, *kwargs.values())))
             if self._recorder.size > 1:
                 self._recorder.picked.note(func, args, kwargs, result)
@@ -65,10 +65,10 @@ class Capture(TorchFunctionMode):
             loss: A scalar that the model gave while the capture was on.
         """
         recorder = self._recorder
-        recorder.is_backward = True
         recorder.picked.clear()
         if recorder.scale != 1.0:
             loss = loss.float().mul(recorder.scale)
-        # Parameters of the loss's own keep their gradients.
+        # Parameters of the loss's own keep their gradients. The mode is off inside, as
+        # this call goes through it: what checkpoints compute anew is left alone.
         torch.autograd.backward(loss, inputs=[recorder.anchor])
         recorder.finish()

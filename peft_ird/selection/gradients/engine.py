@@ -299,10 +299,12 @@ class Engine:
     def _run_alone(
         self, position: int, parts: Sequence[int], receiver: Receiver
     ) -> None:
-        loss, gradients = self.singles.gradients(position, parts)
-        self.losses[position] = loss
-        for part, gradient in gradients.items():
-            receiver.update(part, Dense(gradient[None]), (0,), (position,))
+        for group in self._groups(parts):
+            loss, gradients = self.singles.gradients(position, group)
+            self.losses[position] = loss
+            while gradients:
+                part, gradient = gradients.popitem()
+                receiver.update(part, Dense(gradient[None]), (0,), (position,))
 
     def _groups(self, parts: Sequence[int]) -> Iterator[list[int]]:
         """Divide parameters into groups whose gradients may be formed at once."""

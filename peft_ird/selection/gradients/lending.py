@@ -105,7 +105,8 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 def _writable(model: nn.Module) -> Iterator[Tensor]:
     """Yield what a forward in eval mode might write to, as far as it can be copied."""
-    small = (b for b in model.buffers() if b.nbytes <= _SMALL_BYTES)
+    plain = (b for b in model.buffers() if b.layout == torch.strided)
+    small = (b for b in plain if b.nbytes <= _SMALL_BYTES)
     limited = (
         module.weight.detach()
         for module in model.modules()

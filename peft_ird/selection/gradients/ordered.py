@@ -24,7 +24,8 @@ class OrderedSums:
     Of several, each takes one batch of a round; after it, each adds what all of them
     found to its share of the entries, one after the other in the order of their ranks.
     So there is one addition an entry for each batch, the same for any number of
-    processes, and the sums agree to the last bit.
+    processes, and the sums agree to the last bit, if what a batch adds does: on a GPU
+    rows of a table are added in any order, and two runs may differ.
 
     Args:
         pool: The candidate entries.

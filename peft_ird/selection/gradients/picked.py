@@ -71,9 +71,9 @@ class Picked:
         for each in tensors((result,)):
             is_kept = not sizes.isdisjoint(_sizes(each))
             is_made = bool(sizes) and each.shape not in others
-            if each.is_floating_point() and (
-                is_kept or is_made or self._is_picked(func, args, kwargs, each.ndim)
-            ):
+            if each.dtype == torch.bool:
+                continue
+            if is_kept or is_made or self._is_picked(func, args, kwargs, each.ndim):
                 self._found[id(each)] = each
 
     def _is_picked(

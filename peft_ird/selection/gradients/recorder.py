@@ -61,7 +61,6 @@ class Recorder:
         self.scale = scale
         self._uses: dict[int, int] = defaultdict(int)
         self._found: dict[int, list[SampleGradients]] = defaultdict(list)
-        self.is_backward = False
         # Makes outputs require a gradient although every parameter is frozen.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
@@ -96,8 +95,8 @@ class Recorder:
         return self._flipped.get(id(tensor))
 
     def use(self, number: int | None) -> None:
-        """Note that a parameter is used; recomputed forwards do not count."""
-        if number is not None and not self.is_backward:
+        """Note that a parameter is used."""
+        if number is not None:
             self._uses[number] += 1
 
     def hand_out(self, number: int, gradients: SampleGradients) -> None:
@@ -162,13 +161,15 @@ class Recorder:
 
     def is_known(self, tensor: Any) -> bool:
         """Return whether a tensor is a parameter, or stands for one."""
-        flipped = self.flipped(tensor)
-        return self.number(tensor if flipped is None else flipped) is not None
+        return self._number_of(tensor) is not None
 
     def refuse(self, tensors: Iterable[Tensor]) -> None:
         """Note the parameters among the arguments of a call that was left alone."""
-        numbers = [self.number(self._flipped.get(id(t), t)) for t in tensors]
+        numbers = map(self._number_of, tensors)
         self.refused.update(number for number in numbers if number is not None)
+
+    def _number_of(self, tensor: Any) -> int | None:
+        return self.number(self._flipped.get(id(tensor), tensor))
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -1,6 +1,8 @@
 """One calibration sample at a time: read, checked, and differentiated alone."""
 
+import copy
 import math
+from collections import UserDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -106,7 +108,11 @@ class Singles:
     def _seed_of(self, position: int) -> int:
         return hash((self.seed, position)) & (2**63 - 1)
 
-    def _moved(self, inputs: object) -> object:
+    def _moved(self, inputs: Any) -> Any:
+        if isinstance(inputs, UserDict):  # a tokenizer's, which torch does not open
+            moved = copy.copy(inputs)
+            moved.data = self._moved(inputs.data)
+            return moved
         device = next(self.model.parameters()).device
         return tree_map_only(Tensor, lambda t: t.to(device), inputs)
 

@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 _DOUBLE = {"norm": 1e-6, "row": 1e-6, "loss": 1e-6, "noise": 1e-16}
 _SINGLE = {"norm": 2e-4, "row": 5e-5, "loss": 1e-5, "noise": 1e-13}
 _ROUNDED = {"norm": 1e-3, "row": 1e-2, "loss": 1e-3, "noise": 1e-8}
-_HALF = {"norm": 0.2, "row": math.inf, "loss": 0.05, "noise": 1e-8}
+_HALF = {"norm": 0.2, "row": 0.5, "loss": 0.05, "noise": 1e-8}
 _TINY = 1e-300
 _MOST_SILENT = 64  # samples without a gradient that others are tried instead of
-_LOOKED_AT = 64  # samples at a time that pairs are chosen from
+_LOOKED_AT = 2048  # samples at a time that pairs are chosen from
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,8 @@ class Trial:
     def _batched(self, pair: _Pair, padded: bool) -> Outcome:
         samples, losses = pair.samples, pair.losses
         gradients: dict[int, SampleGradients] = {}
-        saved = _SavedBytes()
+        model = self._together.singles.model
+        saved = _SavedBytes([*model.parameters(), *model.buffers()])
         with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             passed = self._together.run(
                 samples, sorted(self._parts), gradients.__setitem__
@@ -335,14 +336,18 @@ def _key(tensor: Tensor) -> object:
 
 
 class _SavedBytes:
-    """Counts what a forward pass saves for the backward pass."""
+    """Counts what a forward pass saves for the backward pass.
 
-    def __init__(self) -> None:
+    Args:
+        known: Tensors that are there anyhow.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
         self.total = 0
-        self._seen: set[int] = set()
+        self._seen = {tensor.data_ptr() for tensor in known}
 
     def pack(self, tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in self._seen:
             self._seen.add(tensor.data_ptr())
             self.total += tensor.nbytes
-        return tensor
+        return tensor.detach()  # an output that its own graph holds is never freed
