@@ -28,6 +28,7 @@ from peft_ird import (
     select_parameters,
 )
 from peft_ird.__main__ import main
+from peft_ird.search import folder
 from peft_ird.search.halving import survivors
 from peft_ird.search.outcome import CellRecord, name_of
 from peft_ird.search.workers import Workers, _only_visible
@@ -254,6 +255,15 @@ def test_a_score_that_is_no_number_is_a_failure(tmp_path, score):
     assert len(result.errors) == 1
     with pytest.raises(ValueError, match=r"No cell has a score\. The first error: "):
         _ = result.best
+
+
+def test_other_versions_of_libraries_are_told(tmp_path, monkeypatch, caplog):
+    run(tmp_path, Evaluate())
+    run(tmp_path, Evaluate())
+    assert not caplog.messages
+    monkeypatch.setattr(folder, "versions", lambda: {"torch": "9.9"})
+    run(tmp_path, Evaluate())
+    assert "goes on with {'torch': '9.9'}" in caplog.text
 
 
 def test_a_search_with_other_settings_is_refused(tmp_path):

@@ -127,6 +127,14 @@ def test_cells_are_chosen_on_what_is_held_out_and_reported_on_the_rest(
     assert early.steps == evaluate.advance(adapted(), 6).steps == 6
 
 
+def test_a_stream_is_not_read_before_it_is_evaluated(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            raise AssertionError("read")
+
+    assert "Stream" in stock(tmp_path, Stream(), held_out=0.2).settings()["eval_data"]
+
+
 def test_of_several_datasets_the_mean_is_reported(tmp_path):
     more = toy_task("bert", 110)[80:]
     parts = {"matched": more[:10], "mismatched": more[10:]}

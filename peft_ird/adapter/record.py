@@ -13,7 +13,14 @@ from peft_ird.selection.selection import Selection
 from peft_ird.sparse.fingerprint import differs
 from peft_ird.sparse.storage import CODED, VALUES, Entries, plain_name
 
-__all__ = ["check_base", "fingerprints", "holds", "missing_codes", "provenance"]
+__all__ = [
+    "check_base",
+    "fingerprints",
+    "holds",
+    "missing_codes",
+    "provenance",
+    "versions",
+]
 
 _MOST_SAMPLES = 128  # positions that are written down
 _PACKAGES = ("peft_ird", "torch", "peft", "transformers")
@@ -33,8 +40,13 @@ def provenance(selection: Selection) -> dict[str, Any]:
         "samples": list(selection.samples[:_MOST_SAMPLES]),
         "stages": [list(cell) for cell in selection.stages],
         "num_candidates": selection.num_candidates,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the libraries that a result depends on."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -122,7 +122,7 @@ class TrainerEvaluate:
         """Return what the outcome depends on, as far as it can be told."""
         plain = ("metric", "held_out", "seed", "patience", "threshold")
         arguments = self.training_args.to_dict()
-        shown = {name: Calibration(d).digest() for name, d in self._shown().items()}
+        shown = {name: _digest(rows) for name, rows in self._shown().items()}
         parts = (
             "compute_metrics", "data_collator", "preprocess_logits_for_metrics",
             "processing_class",
@@ -306,6 +306,15 @@ class TrainerEvaluate:
         if says is not None and named == self.metric.removeprefix("eval_"):
             return bool(says)
         return not self.metric.endswith("loss")
+
+
+def _digest(data: Any) -> str | None:
+    """Return a hash of a dataset; of a stream, which might not come twice, its name."""
+    return (
+        name_of(data)
+        if isinstance(data, IterableDataset)
+        else Calibration(data).digest()
+    )
 
 
 def _rows(data: Any, positions: list[int]) -> Any:

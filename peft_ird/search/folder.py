@@ -1,6 +1,7 @@
 """The folder of a search: its settings, and what each cell came to."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -9,12 +10,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from peft_ird.adapter.record import versions
 from peft_ird.search.outcome import CellRecord, Failure, Outcome
 from peft_ird.selection.schedule import Cell
 from peft_ird.selection.selection import Selection
 from peft_ird.sparse.storage import replacing
 
 __all__ = ["CellFolder", "SearchFolder"]
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MAX_DIFFERENCES = 8
@@ -153,9 +157,12 @@ class SearchFolder:
             c.is_selected for c in self.cells()
         )
         if not has_begun:
-            _write_json(self._settings, {"format": _FORMAT, **settings})
+            facts = {"format": _FORMAT, "versions": versions()}
+            _write_json(self._settings, {**facts, **settings})
             return
-        theirs, ours = dict(_flat(self.settings)), dict(_flat(_plain(settings)))
+        found = self.settings
+        began = found.pop("versions", None)
+        theirs, ours = dict(_flat(found)), dict(_flat(_plain(settings)))
         names = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
         if names:
             rows = [f"{n} is {theirs.get(n)!r} there, {ours.get(n)!r} here"
@@ -167,6 +174,14 @@ class SearchFolder:
             raise ValueError(
                 f"'{self.path}' holds a search with other settings: {'; '.join(rows)}"
                 f"{more}. {' '.join([*hints, advice])}"
+            )
+        if began not in (None, versions()):
+            logger.warning(
+                "The search in '%s' began with %s and goes on with %s; what was done "
+                "before is kept.",
+                self.path,
+                began,
+                versions(),
             )
 
     def release(self) -> None:

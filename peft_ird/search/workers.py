@@ -1,5 +1,6 @@
 """Trials one after another, or in processes of their own."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -102,11 +103,13 @@ class Workers:
             yield from self._in_processes(trials)
             return
         for trial in trials:
+            gc.collect()  # a Trainer and its model are in reference cycles
             trial.run()
             yield trial
 
     def _in_processes(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        threads = max(1, torch.get_num_threads() // len(self._slots))
+        at_once = max(1, min(len(self._slots), len(trials)))
+        threads = max(1, torch.get_num_threads() // at_once)
         free: SimpleQueue[str | None] = SimpleQueue()
         for slot in self._slots:
             free.put(slot)
