@@ -43,6 +43,7 @@ def sizes_of(chunk: int, sample: int = 8) -> Iterator[None]:
     """Scan in chunks of that size, and sort samples of that many survivors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk, "_CHUNK", chunk)
+        patch.setattr(topk, "_ROW", 2)
         patch.setattr(topk, "_SAMPLE", sample)
         yield
 

@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = ["TopK"]
 
 _CHUNK = 1 << 19  # entries scanned at a time: bounds the temporaries
+_ROW = 256  # entries that are passed over together if none of them may win
 _SAMPLE = 1 << 14  # survivors sorted to bracket an order statistic
 
 
@@ -108,8 +109,19 @@ class TopK:
         if self._bound is None:
             return torch.arange(len(chunk), device=chunk.device)
         dtype = torch.promote_types(chunk.dtype, self._bound.dtype)
-        bound = self._bound.to(chunk.device, dtype)
-        return self._beats(chunk.to(dtype), bound).nonzero().flatten()
+        chunk, bound = chunk.to(dtype), self._bound.to(chunk.device, dtype)
+        whole = len(chunk) // _ROW * _ROW
+        rows = chunk[:whole].view(-1, _ROW)
+        best = rows.amax(1) if self._largest else rows.amin(1)
+        alive = self._beats(best, bound).nonzero().flatten()
+        if 4 * len(alive) > len(rows):
+            return self._beats(chunk, bound).nonzero().flatten()
+        found = self._beats(rows.index_select(0, alive).flatten(), bound)
+        where = found.nonzero().flatten()
+        moved = alive - torch.arange(len(alive), device=alive.device)  # rows left out
+        where += moved.mul_(_ROW).index_select(0, where // _ROW)
+        rest = self._beats(chunk[whole:], bound).nonzero().flatten()
+        return torch.cat([where, rest + whole])
 
     def _hold(self, part: int, positions: Tensor, scores: Tensor) -> None:
         """Append candidates, in columns that grow and widen as needed."""
