@@ -217,6 +217,8 @@ def _check_asked(path: Path, result: Result, asked: Mapping[str, Any]) -> None:
         "rank": asked.get("rank"),
         "train": min(train, AVAILABLE.get(task, train)),
         "epochs": asked["epochs"],
+        "model": asked["model"],
+        "max_length": asked.get("max_length", MAX_LENGTH),
         "head_rate": asked.get("head_rate", result["job"]["rate"]),
         "precision": asked["precision"],
     }

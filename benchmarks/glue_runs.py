@@ -60,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             return run_all(options, tries)
         except BrokenProcessPool:  # a worker was killed, as where memory is short
-            print("A worker was killed; its runs are tried once more.", flush=True)
+            print(
+                "A worker was killed. What ran at that time is started "
+                f"{MOST_TRIES} times at most; what is missing then, by another call.",
+                flush=True,
+            )
 
 
 def run_all(options: argparse.Namespace, tries: Counter[Job]) -> None:
@@ -128,7 +132,8 @@ def perform(
     arguments += ["--epochs", str(settings["epochs"])]
     train = settings["train"]
     arguments += ["--max-train", str(train.get(job.task, train["others"]))]
-    arguments += ["--max-length", str(settings.get("max_length", MAX_LENGTH))]
+    max_length = settings.get("max_length", MAX_LENGTH)
+    arguments += ["--max-length", str(max_length)]
     arguments += ["--options", json.dumps(row.get("options", {}))]
     if given.data_dir:
         arguments += ["--data-dir", given.data_dir]
@@ -144,6 +149,8 @@ def perform(
     return {
         "job": asdict(job),
         **result,
+        "model": settings["model"],
+        "max_length": max_length,
         "precision": given.precision,
         "versions": versions(),
         "machine": machine(),

@@ -33,6 +33,7 @@ from PIL import Image
 from record import RESULTS
 
 from peft_ird.search import drawing, plot_search
+from peft_ird.selection import places
 
 KEY = "Drawn from"
 
@@ -47,12 +48,14 @@ class Picture:
             "*" or "[...]" stands for the list of all that it matches.
         drawn: Takes the content of each of ``results`` and returns the figure.
         code: The modules that it needs beside its own.
+        lists: Names of the lists of experiments that say what is shown.
     """
 
     name: str
     results: tuple[str, ...]
     drawn: Callable[..., Figure]
     code: tuple[ModuleType, ...] = ()
+    lists: tuple[str, ...] = ()
 
     def content(self, folder: Path) -> list[Any]:
         """Read what is drawn."""
@@ -66,8 +69,11 @@ class Picture:
     def digest(self, folder: Path) -> str:
         """Return a hash of what is drawn and of the code that draws it."""
         digest = hashlib.sha256(json.dumps(self.content(folder)).encode())
-        for module in (sys.modules[self.drawn.__module__], *self.code):
-            digest.update(Path(str(module.__file__)).read_bytes())
+        modules = (sys.modules[self.drawn.__module__], *self.code)
+        paths = [Path(str(module.__file__)) for module in modules]
+        paths += [experiment.EXPERIMENTS / f"{name}.toml" for name in self.lists]
+        for path in paths:
+            digest.update(path.read_bytes())
         return digest.hexdigest()
 
     def is_fresh(self, folder: Path) -> bool:
@@ -91,15 +97,16 @@ def read(path: Path) -> Any:
 
 
 GLUE = (glue_table, experiment)
+MINILM = ("glue/minilm/*",)
 SEARCH = (plot_search, drawing)
 PICTURES = (
-    Picture("glue-budget", ("glue/minilm/*",), glue_budget.draw, GLUE),
-    Picture("glue-density", ("glue/minilm/*",), glue_density.draw, GLUE),
+    Picture("glue-budget", MINILM, glue_budget.draw, GLUE, ("minilm",)),
+    Picture("glue-density", MINILM, glue_density.draw, GLUE, ("minilm",)),
     Picture(
         "quickstart",
         ("quickstart-[0-9]", "quickstart-largest-*", "quickstart-random-*"),
         quickstart_plot.draw,
-        (style,),
+        (style, places),
     ),
     Picture("sample-alignment", ("sample-alignment",), alignment_plot.draw, (style,)),
     Picture("search", ("search-sst2",), search_study.draw_staircases, SEARCH),

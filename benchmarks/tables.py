@@ -300,13 +300,20 @@ def load(name: str) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: If there are none.
+        ValueError: If they were run with different options.
     """
     files = [p for p in RESULTS.glob("*.json") if re.fullmatch(rf"{name}-\d+", p.stem)]
     if not files:
         raise FileNotFoundError(
             f"No results named '{name}' in {RESULTS.name}; run benchmarks/run.py."
         )
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
+    own = {"seed": None, "output_dir": None}  # of each
+    if any(
+        {**each["options"], **own} != {**found[0]["options"], **own} for each in found
+    ):
+        raise ValueError(f"Results named '{name}' were run with different options.")
+    return found
 
 
 def select(results: Sequence[dict[str, Any]], method: str) -> list[Run]:

@@ -182,7 +182,7 @@ def clustered(model: nn.Module, density: float, seed: int) -> Selection:
         is_transposed = isinstance(module, Conv1D)
         outputs, inputs = weight.shape[::-1] if is_transposed else weight.shape
         size = max(1, round(density * weight.numel()))
-        rows, columns = _used(outputs, inputs, size, density, random)
+        rows, columns = lines_in_use(outputs, inputs, size, density, random)
         chosen = torch.randperm(len(rows) * len(columns), generator=random)[:size]
         places = rows[chosen // len(columns)], columns[chosen % len(columns)]
         first, second = reversed(places) if is_transposed else places
@@ -190,10 +190,10 @@ def clustered(model: nn.Module, density: float, seed: int) -> Selection:
     return _selection(model, found, "clustered", seed)
 
 
-def _used(
+def lines_in_use(
     outputs: int, inputs: int, size: int, density: float, random: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw the rows and the columns that hold all entries."""
+    """Draw the rows and the columns that hold all entries of a clustered mask."""
     shares = SCATTERED
     if density <= CLUSTERED_UP_TO:
         rows = math.sqrt(ROWS_PER_COLUMN * density / FILLED)

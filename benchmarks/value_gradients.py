@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from record import circumstances, now, result_file, write
 from torch import Tensor
-from trainees import FILLED, ROWS_PER_COLUMN
+from trainees import lines_in_use
 
 from peft_ird.sparse.costs import cheapest
 from peft_ird.sparse.products import METHODS, available
@@ -100,11 +100,7 @@ def draw(mask: str, side: int, density: float, generator: torch.Generator) -> Te
     k = max(1, round(density * side * side))
     rows = columns = torch.arange(side)
     if mask == "clustered":
-        share = math.sqrt(ROWS_PER_COLUMN * density / FILLED)
-        width = max(math.ceil(side * share / ROWS_PER_COLUMN), math.ceil(k / side))
-        height = max(math.ceil(side * share), math.ceil(k / width))
-        rows = torch.randperm(side, generator=generator)[:height]
-        columns = torch.randperm(side, generator=generator)[:width]
+        rows, columns = lines_in_use(side, side, k, density, generator)
     chosen = torch.randperm(len(rows) * len(columns), generator=generator)[:k]
     flat = rows[chosen // len(columns)] * side + columns[chosen % len(columns)]
     return flat.sort().values

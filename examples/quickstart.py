@@ -112,7 +112,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ird-lr", type=float, default=1e-2, help="learning rate of IRD")
     add("--temperature", type=float, default=4.0, help="of IRD's draw; 0: no draw")
     add("--num-samples", type=int, default=32, help="samples that IRD starts from")
-    add("--seed", type=int, default=0, help="seed of data, head, order and selection")
+    add("--seed", type=int, default=0, help="of grammar data, head, order, selection")
     options = parser.parse_args(argv)
     if options.task != "grammar" and options.data_dir is None:
         parser.error("--task needs --data-dir, the folder that holds the task's folder")
