@@ -64,7 +64,8 @@ class Together:
         pad_token = getattr(config, "pad_token_id", None) or 0
         inputs = stack(batch, pad_token, next(model.parameters()).device)
         own = (*model.parameters(), *model.buffers())
-        tables = {tensor.untyped_storage().data_ptr() for tensor in own}
+        dense = (tensor for tensor in own if tensor.layout == torch.strided)
+        tables = {tensor.untyped_storage().data_ptr() for tensor in dense}
         recorder = Recorder(
             parameters, size, widths(inputs), pool.device, observe, self.singles.scale,
             tables, rows_of_batch(inputs),

@@ -344,9 +344,11 @@ class _SavedBytes:
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         self.total = 0
-        self._seen = {tensor.data_ptr() for tensor in known}
+        self._seen = {t.data_ptr() for t in known if t.layout == torch.strided}
 
     def pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:
+            return tensor
         if tensor.data_ptr() not in self._seen:
             self._seen.add(tensor.data_ptr())
             self.total += tensor.nbytes
