@@ -192,8 +192,8 @@ def load_results(name: str) -> list[Result]:
 
     Raises:
         ValueError: If a result is not what the list asks for (method, options, rank,
-            number of training samples, epochs, rate of the head), or its precision is
-            not that of the others.
+            number of training samples, epochs, model, tokens, rate of the head), or its
+            precision is not that of the others.
     """
     experiment = Experiment.load(name)
     found: list[Result] = []

@@ -308,11 +308,14 @@ def load(name: str) -> list[dict[str, Any]]:
             f"No results named '{name}' in {RESULTS.name}; run benchmarks/run.py."
         )
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
-    own = {"seed": None, "output_dir": None}  # of each
-    if any(
-        {**each["options"], **own} != {**found[0]["options"], **own} for each in found
-    ):
-        raise ValueError(f"Results named '{name}' were run with different options.")
+    for path, result in zip(sorted(files), found, strict=True):
+        first, these = found[0]["options"], result["options"]
+        names = sorted({*first, *these} - {"data_dir", "output_dir", "seed"})
+        if differing := [n for n in names if first.get(n) != these.get(n)]:
+            raise ValueError(
+                f"{path.name} was run with another {', '.join(differing)} than the "
+                f"first seed of '{name}'. Delete it, or give it another `--name`."
+            )
     return found
 
 

@@ -227,6 +227,20 @@ def test_a_table_that_nothing_makes_is_an_error_before_anything_is_written(
     assert (tmp_path / "a.md").read_text("utf-8") == stale
 
 
+def test_seeds_that_were_run_with_other_options_are_refused(
+    tables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for seed, rate in enumerate((0.1, 0.1, 0.2)):
+        options = {"ird_lr": rate, "seed": seed, "output_dir": f"{seed}"}
+        path = tmp_path / f"quickstart-{seed}.json"
+        path.write_text(json.dumps({"options": options}), "utf-8")
+    with pytest.raises(ValueError, match=r"quickstart-2\.json.*another ird_lr than"):
+        tables.load("quickstart")
+    path.unlink()
+    assert len(tables.load("quickstart")) == 2
+
+
 def test_every_table_is_shown_somewhere(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     tables = importlib.import_module("tables")
