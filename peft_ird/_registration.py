@@ -16,7 +16,7 @@ from peft.mapping import (
 )
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.mixed import MixedModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers as include_all_linear_layers,
 )
@@ -82,11 +82,9 @@ class Merges(BaseTuner):  # type: ignore[misc]
             super().merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Take merged deltas out, the last first: a tied weight may have several."""
-        for module in reversed([*self.model.modules()]):
-            if isinstance(module, BaseTunerLayer):
-                with onload_layer(module):
-                    module.unmerge()
+        """Take merged deltas out, those that were merged last first."""
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        PEFT_TYPE_TO_TUNER_MAPPING[IRD].unmerge_layers(layers[::-1])
 
     def _unload_and_optionally_merge(
         self,

@@ -40,7 +40,7 @@ from peft_ird.adapter.settling import (
 )
 from peft_ird.config import IRDConfig
 from peft_ird.layers.layer import IRDLayer
-from peft_ird.layers.merging import Rounding, check_merge, report_rounding
+from peft_ird.layers.merging import Rounding, check_merge, report_rounding, unmerge
 from peft_ird.layers.mixed_batch import handed_out
 from peft_ird.sparse.storage import (
     FORMAT,
@@ -163,6 +163,8 @@ class IRDModel(Merges):
         self, _parent: nn.Module, _name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         replace(self.model, child, new_module)
+
+    unmerge_layers = staticmethod(unmerge)
 
     @staticmethod
     @contextmanager

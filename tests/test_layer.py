@@ -25,6 +25,7 @@ from peft_ird import IRDConfig
 from peft_ird.adapter.modules import layers_of
 from peft_ird.layers.kinds import wrap
 from peft_ird.layers.layer import IRDLayer
+from peft_ird.sparse import ways
 from tests import oracles
 from tests.oracles import TOL
 
@@ -617,11 +618,12 @@ def test_threads_in_a_forward_that_a_library_replaced_leave_the_base_alone():
     torch.manual_seed(0)
     base, x = nn.LayerNorm(4), torch.randn(2, 4)
     original, calls = base.weight, []
-    second_came, first_left = threading.Event(), threading.Event()
+    first_came, second_came, first_left = (threading.Event() for _ in range(3))
 
     def forward(x):
         calls.append(x)
         if len(calls) == 1:
+            first_came.set()
             second_came.wait(0.3)
         else:
             second_came.set()
@@ -633,11 +635,32 @@ def test_threads_in_a_forward_that_a_library_replaced_leave_the_base_alone():
     expected = model(x)
     base.forward = forward
     with ThreadPoolExecutor(2) as threads:
-        runs = [threads.submit(model, x) for _ in range(2)]
-        assert torch.equal(runs[0].result(), expected)
+        first = threads.submit(model, x)
+        assert first_came.wait(60)
+        second = threads.submit(model, x)
+        assert torch.equal(first.result(), expected)
         first_left.set()
-        assert torch.equal(runs[1].result(), expected)
+        assert torch.equal(second.result(), expected)
     assert base.weight is original
+
+
+def test_layers_without_deltas_in_force_can_be_transformed():
+    torch.manual_seed(0)
+    settings = {"density": 0.5, "method": "random", "init_weights": False}
+    base, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    first, second = (IRDConfig(target_modules=[name], **settings) for name in "01")
+    model = get_peft_model(base, first, "one")
+    model.add_adapter("two", second)
+    parameters = dict(model.named_parameters())
+
+    def total(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).sum()
+
+    with ways.forced(way="dense"):
+        found = torch.func.grad(total)(parameters)
+    key = "base_model.model.0.irdelta_values.one.weight"
+    total(parameters).backward()
+    assert_close(found[key], parameters[key].grad)
 
 
 def test_an_offloaded_module_that_cannot_take_a_delta_says_so():

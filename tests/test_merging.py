@@ -185,8 +185,9 @@ def test_entries_of_a_tied_weight_act_wherever_it_is(targets):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.filterwarnings("ignore:Already unmerged")
-def test_adapters_that_know_a_tied_weight_by_other_names(dtype):
+@pytest.mark.parametrize("is_disabled", [False, True])
+@pytest.mark.filterwarnings("ignore:Already:UserWarning")
+def test_adapters_that_know_a_tied_weight_by_other_names(dtype, is_disabled):
     settings = {"task_type": "CAUSAL_LM", "init_weights": False}
     selections = [
         select_parameters(
@@ -200,12 +201,18 @@ def test_adapters_that_know_a_tied_weight_by_other_names(dtype):
     model = get_peft_model(model, IRDConfig(selection=selections[0], **settings), "one")
     model.add_adapter("two", IRDConfig(selection=selections[1], **settings))
     before = model.get_base_model().lm_head.get_base_layer().weight.clone()
-    for names in (["one"], ["two"], ["one", "two"]):
+    for merges in ("one",), ("two",), ("one", "two"), ("two", "one"), (None,):
+        names = [name for name in merges if name] or ["one", "two"]
         model.base_model.set_adapter(names)
         active = model.eval()(**make_batch("llama")).logits
-        model.merge_adapter()
+        for name in merges:
+            model.merge_adapter(name and [name])
         assert_close(model(**make_batch("llama")).logits, active)
-        model.unmerge_adapter()
+        if is_disabled:
+            with model.disable_adapter():
+                model(**make_batch("llama"))
+        else:
+            model.unmerge_adapter()
         after = model.get_base_model().lm_head.get_base_layer().weight
         assert torch.equal(after, before)
 

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError  # noqa: A004
 
 import pytest
 import torch

@@ -16,6 +16,7 @@ from peft_ird._registration import include_all_linear_layers
 from peft_ird.adapter.modules import base_model, base_modules
 from peft_ird.adapter.shadows import Shadow, shadowed
 from peft_ird.config import IRDConfig
+from peft_ird.layers.merging import unmerge
 from peft_ird.layers.quantized import is_quantized
 from peft_ird.selection.calibration import Calibration
 from peft_ird.selection.ird import Walk, walk
@@ -286,9 +287,8 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
     ]
     flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     try:
-        for layer, _, merged in states:
-            if merged:
-                layer.unmerge()
+        unmerge(layer for layer, _, merged in states if merged)
+        for layer in layers:
             layer.enable_adapters(False)
         yield
     finally:

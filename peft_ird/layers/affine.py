@@ -66,12 +66,6 @@ class Affine(IRDLayer):
         base = self.get_base_layer()
         return base is self.base_layer and not _has_hooks(base)
 
-    def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        is_broken = torch.compiler.is_compiling() or not self._is_alone()
-        if is_broken or kwargs or len(args) != 1:
-            return super()._pass(*args, **kwargs)
-        return self._run_base(*args)
-
     def _call_and(self, add: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
         """Add to the base layer's output what hooks and other tuners see as its own."""
         if self._is_alone():
@@ -95,10 +89,11 @@ class Affine(IRDLayer):
         """
         base = self.get_base_layer()
         device = next(iter(dense.values())).device
-        shapes = {name: getattr(base, name).shape for name in self._names}
+        held = {name: getattr(base, name) for name in self._names}
         zeros = {
-            name: torch.zeros(shape, dtype=torch.float32, device=device)
-            for name, shape in shapes.items()
+            name: torch.zeros(parameter.shape, dtype=torch.float32, device=device)
+            for name, parameter in held.items()
+            if parameter is not None
         }
         args, kwargs = tree_map_only(Tensor, _raised, (args, kwargs))
 

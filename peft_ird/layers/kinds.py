@@ -16,6 +16,7 @@ from peft_ird.layers.layer import Deltas, IRDLayer
 from peft_ird.layers.lookups import Lookups
 from peft_ird.layers.merging import is_low_precision
 from peft_ird.layers.quantized import is_quantized, parameter_of
+from peft_ird.layers.substitution import lending
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.embedding import plus_rows, rows_of
 from peft_ird.sparse.lending import unlent
@@ -60,6 +61,12 @@ class CustomEmbedding(Affine):
             self._only_looks_up = False
         return super()._run(deltas, *args, **kwargs)
 
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_tied or torch.compiler.is_compiling() or is_dense():
+            return super()._pass(*args, **kwargs)
+        with Lookups(self.get_base_layer(), ()):  # without what a head has in the table
+            return super()._pass(*args, **kwargs)
+
 
 class Embedding(CustomEmbedding):
     """``nn.Embedding``: weight ``[tokens, o]``."""
@@ -79,8 +86,7 @@ class Embedding(CustomEmbedding):
 
     def _run_base(self, x: Tensor) -> Tensor:
         base = self.get_base_layer()
-        is_frozen = base.max_norm is None and not base.weight.requires_grad
-        if not self._is_tied or not is_frozen or "forward" in vars(base):
+        if not self._is_tied or base.weight.requires_grad or "forward" in vars(base):
             return super()._run_base(x)
         return rows_of(base.weight, x)
 
@@ -120,6 +126,14 @@ class Linear(Affine):
 
         return self._call_and(partial(self._with_shares, deltas), *args)
 
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and kwargs.keys() == {self._input}:
+            args, kwargs = (kwargs[self._input],), {}
+        is_shared = len(args) == 1 and not kwargs and self._is_alone()
+        if torch.compiler.is_compiling() or is_dense() or not is_shared:
+            return super()._pass(*args, **kwargs)
+        return self._run_base(*args)
+
     def is_applied_in_weight(self, x: Tensor) -> bool:
         """Return whether the delta goes into the weight for the call with this input.
 
@@ -145,9 +159,8 @@ class Linear(Affine):
         base = self.get_base_layer()
         weight: Any = getattr(base, "weight", None)
         is_own = type(weight) in _PLAIN and "forward" not in vars(base)
-        if torch.compiler.is_compiling() or not is_own:
-            return super()._run_base(x)
-        with unlent(weight):
+        is_own = is_own and not torch.compiler.is_compiling()
+        with unlent(weight) if is_own else lending(base):
             return super()._run_base(x)
 
     def _is_one_product(self, deltas: Deltas, x: Tensor) -> bool:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from peft_ird.layers.holding import Codes, Holding, Values, device_of
-from peft_ird.layers.merging import Rounding
+from peft_ird.layers.merging import Rounding, unmerge
 from peft_ird.layers.mixed_batch import BASE, by_sample
 from peft_ird.layers.quantized import CodedWeight
 from peft_ird.layers.reading import Reading
-from peft_ird.layers.substitution import call_with_parameters
+from peft_ird.layers.substitution import call_with_parameters, lending
 from peft_ird.sparse.delta import SparseDelta
 from peft_ird.sparse.ops import add_deltas
 
@@ -209,16 +209,11 @@ class IRDLayer(Reading, Holding):
             return self.before_merging(name, self._base_parameter(name))
         return super().parameter_in_force(name)
 
-    def before_merging(self, name: str, weight: Tensor) -> Tensor:
-        """Return a base parameter as it was before anything was merged.
-
-        Args:
-            name: The parameter; what other layers have merged into it is undone, too.
-            weight: The parameter as it is now, or a copy; it is not changed.
-        """
+    def _overwritten(self, name: str) -> list[tuple[int, Mapping[str, Tensor]]]:
+        found = super()._overwritten(name)
         for owner, owned_name in self._shared.get(name, ()):
-            weight = Holding.before_merging(owner, owned_name, weight)
-        return super().before_merging(name, weight)
+            found += Holding._overwritten(owner, owned_name)
+        return found
 
     def get_delta_weight(self, adapter_name: str, name: str = "weight") -> Tensor:
         """Return an adapter's delta of one parameter as a dense tensor.
@@ -267,9 +262,7 @@ class IRDLayer(Reading, Holding):
     def _unmerge_all(self) -> None:
         """Unmerge what this layer computes with, be it another that was written to."""
         others = [owner for owners in self._shared.values() for owner, _ in owners]
-        for layer in (self, *others):
-            if layer.merged:
-                layer.unmerge()
+        unmerge(layer for layer in {self, *others} if layer.merged)
 
     def _run_or_pass(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
         if deltas:
@@ -279,15 +272,17 @@ class IRDLayer(Reading, Holding):
         return self._pass(*args, **kwargs)
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base layer while other threads may run it with deltas."""
-        return self.base_layer(*args, **kwargs)
+        """Run the base layer, unless another thread has deltas in it at that time."""
+        with lending(self.base_layer):
+            return self.base_layer(*args, **kwargs)
 
     def _run(self, deltas: Deltas, *args: Any, **kwargs: Any) -> Any:
-        weights = {name: self._base_parameter(name) for name in deltas}
-        if "forward" in vars(self.get_base_layer()):  # accelerate's
-            self._refuse_offloaded(weights)
-        parameters = {n: add_deltas(w, deltas[n]) for n, w in weights.items()}
-        return call_with_parameters(self.base_layer, parameters, args, kwargs)
+        with lending(self.base_layer):
+            weights = {name: self._base_parameter(name) for name in deltas}
+            if "forward" in vars(self.get_base_layer()):  # accelerate's
+                self._refuse_offloaded(weights)
+            parameters = {n: add_deltas(w, deltas[n]) for n, w in weights.items()}
+            return call_with_parameters(self.base_layer, parameters, args, kwargs)
 
     def _refuse_offloaded(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():

@@ -1,9 +1,11 @@
 """Deltas written into the base weights, and taken out again bit for bit."""
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,9 +27,12 @@ __all__ = [
     "check_merge",
     "is_low_precision",
     "report_rounding",
+    "unmerge",
 ]
 
 logger = logging.getLogger(__name__)
+
+_MERGES = itertools.count()  # of this process; tied weights may have several
 _TOLERATED = 0.1
 
 
@@ -76,6 +81,14 @@ def report_rounding(parts: Iterable[Rounding]) -> None:
 def is_low_precision(tensor: Tensor) -> bool:
     """Return whether adding small deltas to a tensor would lose many of them."""
     return tensor.dtype in HALVES
+
+
+class Originals(nn.ModuleDict):
+    """What a merge overwrote, by parameter: places, entries, and what it wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["number"] = next(_MERGES)  # later merges have larger ones
 
 
 class Merging(BaseTunerLayer):  # type: ignore[misc]
@@ -214,11 +227,16 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
             weight: The parameter as it is now, or a copy; it is not changed.
         """
         found = weight
-        for adapter in reversed(self.merged_adapters):
-            if name in self.irdelta_originals[adapter]:
-                found = found.detach().clone() if found is weight else found
-                _undo_(found, self.irdelta_originals[adapter][name])
+        overwritten = sorted(self._overwritten(name), key=itemgetter(0), reverse=True)
+        for _, kept in overwritten:
+            found = found.detach().clone() if found is weight else found
+            _undo_(found, kept)
         return found
+
+    def _overwritten(self, name: str) -> list[tuple[int, Mapping[str, Tensor]]]:
+        """Return the numbers of merges into a parameter, and what they overwrote."""
+        merges = [self.irdelta_originals[adapter] for adapter in self.merged_adapters]
+        return [(each.number, each[name]) for each in merges if name in each]
 
     def _original_entries(self, name: str, indices: Tensor) -> Tensor:
         """Return base entries as they were before anything was merged. Shape [k]."""
@@ -251,7 +269,7 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
         return Rounding(float(error.abs().sum()), float(values.abs().sum()))
 
     def _keep_originals(self, adapter: str, merged: Mapping[str, Tensor]) -> None:
-        kept = nn.ModuleDict()
+        kept = Originals()
         for name, indices in self._indices(adapter).items():
             found = {
                 "indices": indices.clone(),
@@ -260,6 +278,25 @@ class Merging(BaseTunerLayer):  # type: ignore[misc]
             }
             kept[name] = BufferDict(found, persistent=False)
         self.irdelta_originals[adapter] = kept
+
+
+def unmerge(layers: Iterable[BaseTunerLayer]) -> None:
+    """Unmerge layers, so that every bit comes back where they share a weight.
+
+    Args:
+        layers: Layers of any tuner; what ours merged last is undone first.
+    """
+    merges = []
+    for layer in layers:
+        if isinstance(layer, Merging) and layer.merged:
+            originals = map(layer.irdelta_originals.__getitem__, layer.merged_adapters)
+            merges += [(each.number, layer) for each in originals]
+        else:
+            with onload_layer(layer):
+                layer.unmerge()
+    for _, layer in sorted(merges, key=itemgetter(0), reverse=True):
+        with onload_layer(layer):
+            layer._unmerge_last()
 
 
 def check_merge(

@@ -73,9 +73,8 @@ class Reading(nn.Module):
     """
 
     get_base_layer: Any
-    _names: tuple[
-        str, ...
-    ]  # of the module's parameters; FSDP puts views in their place
+    # Of the module's parameters; FSDP puts views in their place.
+    _names: tuple[str, ...]
 
     def _base_parameter(self, name: str) -> Tensor:
         raise NotImplementedError

@@ -2,14 +2,14 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-__all__ = ["call_with_parameters", "with_forward", "with_parameters"]
+__all__ = ["call_with_parameters", "lending", "with_forward", "with_parameters"]
 
 _LENDING = threading.RLock()  # a module that is lent tensors may have others in it
 
@@ -31,18 +31,35 @@ def call_with_parameters(
     Returns:
         What the module returns.
     """
+    # A shallow copy breaks a compiled graph, and a forward that accelerate put on the
+    # instance is bound to the original: there the module itself is lent the tensors.
+    if torch.compiler.is_compiling() or _has_own_forward(module):
+        prefix = "base_layer." * (len(_chain(module)) - 1)
+        named = {prefix + name: tensor for name, tensor in parameters.items()}
+        return torch.func.functional_call(module, named, args, kwargs)
+    return with_parameters(module, parameters)(*args, **kwargs)
+
+
+def lending(module: nn.Module) -> AbstractContextManager[Any]:
+    """Have other threads wait where a module itself is lent tensors for a call.
+
+    Args:
+        module: What `call_with_parameters` calls; read its parameters inside.
+    """
+    is_lent = _has_own_forward(module) and not torch.compiler.is_compiling()
+    return _LENDING if is_lent else nullcontext()
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return any("forward" in each.__dict__ for each in _chain(module))
+
+
+def _chain(module: nn.Module) -> list[nn.Module]:
+    """Return a module, and those inside it if it is a tuner's layer."""
     chain = [module]
     while isinstance(chain[-1], BaseTunerLayer):
         chain.append(chain[-1].base_layer)
-    # A shallow copy breaks a compiled graph, and a forward that accelerate put on the
-    # instance is bound to the original: there the module itself is lent the tensors.
-    is_compiled = torch.compiler.is_compiling()
-    if is_compiled or any("forward" in m.__dict__ for m in chain):
-        prefix = "base_layer." * (len(chain) - 1)
-        named = {prefix + name: tensor for name, tensor in parameters.items()}
-        with nullcontext() if is_compiled else _LENDING:
-            return torch.func.functional_call(module, named, args, kwargs)
-    return with_parameters(module, parameters)(*args, **kwargs)
+    return chain
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
