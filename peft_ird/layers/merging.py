@@ -84,11 +84,17 @@ def is_low_precision(tensor: Tensor) -> bool:
 
 
 class Originals(nn.ModuleDict):
-    """What a merge overwrote, by parameter: places, entries, and what it wrote."""
+    """What a merge overwrote, by parameter: places, entries, and what it wrote.
+
+    Attributes:
+        number: Of the merge; later ones have larger ones.
+    """
+
+    number: int
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["number"] = next(_MERGES)  # later merges have larger ones
+        self.number = next(_MERGES)
 
 
 class Merging(BaseTunerLayer):  # type: ignore[misc]
