@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import (
     Future,
@@ -25,6 +26,7 @@ from peft_ird.search.trial import Trial
 __all__ = ["Workers", "end_with_parent"]
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_LONG = 5.0  # seconds of a trial, beside which collecting garbage takes no time
 _ENVIRONMENT = threading.Lock()  # of this process, which new ones inherit
 
 
@@ -103,8 +105,10 @@ class Workers:
             yield from self._in_processes(trials)
             return
         for trial in trials:
-            gc.collect()  # a Trainer and its model are in reference cycles
+            start = time.perf_counter()
             trial.run()
+            if time.perf_counter() - start > _LONG:
+                gc.collect()  # a Trainer and its model are in reference cycles
             yield trial
 
     def _in_processes(self, trials: Sequence[Trial]) -> Iterator[Trial]:
