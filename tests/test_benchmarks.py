@@ -4,12 +4,11 @@ import argparse
 import importlib
 import json
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.conftest import BENCHMARKS
 
 
 @pytest.fixture
